@@ -1,0 +1,97 @@
+"""selfaug_loss: the method for people with their own training loop (transformers Trainer, TRL, plain torch).
+
+The same Objective as `python -m selfaug.train` uses; this file only translates transformers' tensors.
+"""
+
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from selfaug.model.decoder import Decoder, verify_decoder
+from selfaug.model.reference import check_reference
+from selfaug.objective import LogitAlignment, Objective, TokenBatch
+from selfaug.objective.rows import Position
+from selfaug.ops import Divergence
+
+
+class SelfAugLoss(NamedTuple):
+    """loss = nll + alpha * kl. All three are scalars with a graph; `rows` is the number of aligned rows."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    rows: int
+
+
+class RowCounts(NamedTuple):
+    """What the two means are over: rows that predict a response token, and aligned rows."""
+
+    response: int
+    aligned: int
+
+
+_verified: WeakSet[nn.Module] = WeakSet()  # models that `verify_decoder`, which runs the model, has passed
+
+
+def selfaug_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    *,
+    alpha: float = 0.5,
+    position: Position = "input_logits",
+    divergence: Divergence = "kl_base_tuned",
+    boundary: bool = True,
+    official: bool = False,
+    step_rows: RowCounts | None = None,
+) -> SelfAugLoss:
+    """NLL on the response + alpha * KL between base and tuned model (SelfAug, arXiv 2509.03934, section 3.3).
+
+    Args:
+        model: a peft.PeftModel, or the transformers model inside which adapters were injected. Its adapters are
+            switched off for one more forward pass without gradients.
+        input_ids, attention_mask, labels: [B, T], as transformers takes them (labels not shifted, -100 where a token
+            is not to be learned). Padding on either side; no mask means no padding.
+        alpha, position, divergence, boundary, official: see selfaug.objective.LogitAlignment.
+        step_rows: with gradient accumulation, the sums of `count_rows` over the micro-batches of the optimiser step;
+            the losses of the micro-batches then add up to the step's (do not divide them by their number).
+
+    Returns:
+        SelfAugLoss; the means are over this batch's rows, or over step_rows.
+
+    Raises:
+        UserError: adapters off would not be the base model (weights train outside the adapters, an adapter on the
+            output head ...), or a setting out of range.
+        ValueError: tensors that do not fit.
+    """
+    objective = _objective(alpha, position, divergence, boundary, official)
+    batch = TokenBatch.from_labels(input_ids, attention_mask, labels)
+    check_reference(model)
+    if model not in _verified:
+        verify_decoder(model)
+        _verified.add(model)
+    counts = objective.count(batch)
+    totals = counts if step_rows is None else torch.tensor(step_rows, device=counts.device)
+    losses = objective(Decoder(model), batch, totals)
+    return SelfAugLoss(losses.loss, losses.parts["nll"], losses.parts["kl"], int(counts[1]))
+
+
+def count_rows(
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    *,
+    position: Position = "input_logits",
+    boundary: bool = True,
+    official: bool = False,
+) -> RowCounts:
+    """The rows of one micro-batch, to be added up for `selfaug_loss(step_rows=...)`. attention_mask, labels: [B, T]."""
+    objective = _objective(0.0, position, "kl_base_tuned", boundary, official)
+    counts = objective.count(TokenBatch.from_labels(labels, attention_mask, labels))
+    return RowCounts(int(counts[0]), int(counts[1]))
+
+
+def _objective(alpha: float, position: Position, divergence: Divergence, boundary: bool, official: bool) -> Objective:
+    return Objective({"kl": LogitAlignment(alpha, position, divergence, boundary, official)})

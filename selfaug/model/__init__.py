@@ -1,0 +1,1 @@
+"""The model: loading, adapters, hidden states and head, the reference."""

@@ -1,0 +1,114 @@
+"""One view on every decoder-only transformers model: last hidden states and output head, apart.
+
+The loss needs logits of chosen rows only, so it asks for the hidden states of the body and applies the head itself
+(selfaug/ops). What a family does between head and logits (a scale, a soft-cap) is read from its config here, and
+`verify_decoder` compares the outcome with the model's own logits once, so that a family that does something else is
+refused and never trained wrongly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from selfaug.errors import UserError
+from selfaug.ops.head import HeadShape, head_logits
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * (h W^T + b)); W [V, d], b [V] or None."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of selfaug.ops.linear_kl and linear_nll."""
+        # Read at call time: the weight may have been moved or cast since.
+        return {
+            "weight": self.module.weight,
+            "bias": getattr(self.module, "bias", None),
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] to [..., V], in float32 at least. For checks and small inputs: nothing is chunked."""
+        arguments = self.arguments()
+        flat = head_logits(
+            hidden.reshape(-1, hidden.shape[-1]),
+            arguments["weight"],
+            arguments["bias"],
+            HeadShape(self.scale, self.softcap),
+        )
+        return flat.reshape(*hidden.shape[:-1], -1)
+
+
+class Decoder:
+    """Hidden states and head of `model`: a peft.PeftModel, or a transformers model with or without injected adapters.
+
+    Raises UserError where the model has no body and head of that kind, or where an adapter sits on the head.
+    """
+
+    def __init__(self, model: nn.Module):
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        if head is None or not hasattr(inner, "base_model"):
+            raise UserError(f"{type(inner).__name__} is no causal language model of transformers: set model.name to one.")
+        if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise UserError(
+                "An adapter sits on the output head, which the base model and the tuned model must share: take the head "
+                "(lm_head) and tied embeddings out of adapter.target_modules, modules_to_save and trainable_token_indices."
+            )
+        config = inner.config.get_text_config(decoder=True)
+        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+        self.model = model
+        self.body = inner.base_model
+        self.head = Head(head, scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 caps
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [B, T, d], after the final norm. input_ids, attention_mask: [B, T].
+
+        Positions count real tokens only, so that padding on either side changes nothing.
+        """
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        return self.body(
+            input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
+
+@torch.no_grad()
+def verify_decoder(model: nn.Module, tolerance: float = 1e-3) -> None:
+    """Compare `Decoder`'s logits with the model's own on a few tokens; raises UserError where they differ.
+
+    `tolerance` is relative to the largest logit: the two take the same products in another order.
+    """
+    decoder = Decoder(model)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = next(decoder.body.parameters()).device
+    vocabulary = decoder.head.arguments()["weight"].shape[0]
+    ids = torch.arange(3, 11, device=device).remainder(vocabulary).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        theirs = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        hidden = decoder.hidden(ids, mask)
+    finally:
+        for module in was_training:
+            module.training = True
+    head_dtype = decoder.head.arguments()["weight"].dtype
+    ours = decoder.head.logits(hidden.to(head_dtype)).float()
+    if theirs.shape != ours.shape or not torch.allclose(
+        ours, theirs, rtol=0, atol=tolerance * max(theirs.abs().max().item(), 1.0) * (16 if head_dtype.itemsize < 4 else 1)
+    ):
+        raise UserError(
+            f"{type(inner).__name__} turns hidden states into logits in a way selfaug does not know: "
+            "set model.name to another family, or teach selfaug/model/decoder.py this one."
+        )

@@ -1,0 +1,95 @@
+"""The reference: what the base model computes for the same tokens.
+
+The base model is the tuned model with its adapters switched off (SelfAug, appendix B: one more forward pass, no second
+copy of the weights), in eval mode and under no_grad. That is exactly the base model only while nothing outside the
+adapters trains, which `check_reference` makes sure of.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from selfaug.errors import UserError
+from selfaug.model.decoder import Decoder
+
+# These initialisations leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ ...) move a part of
+# them into the adapter, so that switching it off no longer gives the base model.
+_BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes what its base model computes: adapters off, eval mode, no gradients.
+
+    Works for a PeftModel and for a transformers model with injected adapters. On exit every module has its mode back
+    and every parameter its requires_grad.
+    """
+    wrappers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    enabled = [m for m in wrappers if not m.disable_adapters]
+    training = [m for m in model.modules() if m.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for module in enabled:
+            module.enable_adapters(False)
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in enabled:
+            module.enable_adapters(True)
+        for module in training:
+            module.training = True
+        # enable_adapters(True) makes every active adapter trainable: give each parameter its own flag back.
+        keep = {id(p) for p in trainable}
+        for parameter in model.parameters():
+            if parameter.requires_grad != (id(parameter) in keep):
+                parameter.requires_grad_(id(parameter) in keep)
+
+
+def check_reference(model: nn.Module) -> None:
+    """Raise UserError, saying what to change, unless `adapters_off(model)` is exactly the base model."""
+    Decoder(model)  # refuses an adapter on the head
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise UserError(
+                f"{config.peft_type.value} changes the prompt and not the layers, so there is no base model to switch "
+                "back to: set adapter=lora."
+            )
+        init = getattr(config, "init_lora_weights", True)
+        if init not in _BASE_KEEPING_INITS:
+            raise UserError(
+                f"adapter.init_lora_weights={init} rewrites the base weights, so switching the adapter off no longer "
+                "gives the base model: set adapter.init_lora_weights=true, gaussian, orthogonal or eva."
+            )
+    if not layers:
+        raise UserError(
+            "The model has no adapters that could be switched off for the reference: set adapter=lora, or wrap the model "
+            "with peft.get_peft_model."
+        )
+    if any(layer.merged for layer in layers):
+        raise UserError("The adapters are merged into the base weights: call unmerge_adapter() before training.")
+    inside = {id(p) for layer in layers for p in _adapter_parameters(layer)}
+    inside |= {
+        id(p)
+        for wrapper in model.modules()
+        if isinstance(wrapper, AuxiliaryTrainingWrapper)
+        for name, p in wrapper.named_parameters()
+        if not name.startswith("original_module.")
+    }
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside:
+        shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
+        raise UserError(
+            f"These weights train outside the adapters, so switching the adapters off no longer gives the base model: "
+            f"{shown}; freeze them (adapter.bias=none, requires_grad_(False))."
+        )
+
+
+def _adapter_parameters(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
+    return (p for name, p in layer.named_parameters() if not name.startswith("base_layer."))

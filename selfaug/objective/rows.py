@@ -1,0 +1,49 @@
+"""Which rows count. Row t holds the logits that predict token t+1; a row exists where tokens t and t+1 both do.
+
+    output rows: token t+1 is a response token.
+    input rows:  token t is not a response token. They include the *boundary row*, the last prompt position, which
+                 predicts the first response token, because the paper's code includes it (its mask is not shifted).
+                 boundary=False drops it; input and output rows are then disjoint and, with one response at the end,
+                 together are all rows.
+    official:    what the official code's mask selects: every token that is not a response token, padding included,
+                 whether it predicts anything or not. For comparison only: the mean then depends on the padding.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from selfaug.objective.batch import Role
+
+Position = Literal["input_logits", "output_logits", "all_logits"]
+POSITIONS: tuple[Position, ...] = ("input_logits", "output_logits", "all_logits")
+
+
+def existing_rows(roles: Tensor) -> Tensor:
+    """[B, T] bool from roles [B, T]: token t and token t+1 are both there and not padding."""
+    token = roles != Role.PADDING
+    return token & _next(token)
+
+
+def output_rows(roles: Tensor) -> Tensor:
+    """[B, T] bool: rows that predict a response token."""
+    return existing_rows(roles) & _next(roles == Role.RESPONSE)
+
+
+def alignment_rows(roles: Tensor, position: Position, *, boundary: bool = True, official: bool = False) -> Tensor:
+    """[B, T] bool: the rows on which the tuned model is aligned to the base model."""
+    response = roles == Role.RESPONSE
+    if position == "output_logits":
+        return output_rows(roles)
+    if position == "all_logits":
+        return existing_rows(roles)
+    if official:
+        return ~response
+    rows = existing_rows(roles) & ~response
+    return rows if boundary else rows & ~_next(response)
+
+
+def _next(mask: Tensor) -> Tensor:
+    """mask[t+1] at t, False at the last position."""
+    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
