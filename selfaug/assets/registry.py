@@ -204,5 +204,5 @@ def find(name: str) -> Asset:
 
 def select(names: list[str]) -> list[Asset]:
     """The assets of these names in order, each once: none is the default set, `all` is every one."""
-    wanted = list(ASSETS) if "all" in names else names or [name for name in DEFAULT if name in ASSETS]
+    wanted = [each for name in names or DEFAULT for each in (ASSETS if name == "all" else [name])]
     return [find(name) for name in dict.fromkeys(wanted)]

@@ -1,0 +1,1 @@
+"""From files to optimiser steps: sources, retrieval, prompts with roles, the token cache, batches."""

@@ -59,7 +59,9 @@ class Decoder:
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         if head is None or not hasattr(inner, "base_model"):
-            raise UserError(f"{type(inner).__name__} is no causal language model of transformers: set model.name to one.")
+            raise UserError(
+                f"{type(inner).__name__} is no causal language model of transformers: set model.name to one."
+            )
         if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise UserError(
                 "An adapter sits on the output head, which the base model and the tuned model must share: take the head "
@@ -106,7 +108,10 @@ def verify_decoder(model: nn.Module, tolerance: float = 1e-3) -> None:
     head_dtype = decoder.head.arguments()["weight"].dtype
     ours = decoder.head.logits(hidden.to(head_dtype)).float()
     if theirs.shape != ours.shape or not torch.allclose(
-        ours, theirs, rtol=0, atol=tolerance * max(theirs.abs().max().item(), 1.0) * (16 if head_dtype.itemsize < 4 else 1)
+        ours,
+        theirs,
+        rtol=0,
+        atol=tolerance * max(theirs.abs().max().item(), 1.0) * (16 if head_dtype.itemsize < 4 else 1),
     ):
         raise UserError(
             f"{type(inner).__name__} turns hidden states into logits in a way selfaug does not know: "

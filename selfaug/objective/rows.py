@@ -1,12 +1,12 @@
 """Which rows count. Row t holds the logits that predict token t+1; a row exists where tokens t and t+1 both do.
 
-    output rows: token t+1 is a response token.
-    input rows:  token t is not a response token. They include the *boundary row*, the last prompt position, which
-                 predicts the first response token, because the paper's code includes it (its mask is not shifted).
-                 boundary=False drops it; input and output rows are then disjoint and, with one response at the end,
-                 together are all rows.
-    official:    what the official code's mask selects: every token that is not a response token, padding included,
-                 whether it predicts anything or not. For comparison only: the mean then depends on the padding.
+output rows: token t+1 is a response token.
+input rows:  token t is not a response token. They include the *boundary row*, the last prompt position, which
+             predicts the first response token, because the paper's code includes it (its mask is not shifted).
+             boundary=False drops it; input and output rows are then disjoint and, with one response at the end,
+             together are all rows.
+official:    what the official code's mask selects: every token that is not a response token, padding included,
+             whether it predicts anything or not. For comparison only: the mean then depends on the padding.
 """
 
 from typing import Literal
@@ -38,8 +38,8 @@ def alignment_rows(roles: Tensor, position: Position, *, boundary: bool = True, 
         return output_rows(roles)
     if position == "all_logits":
         return existing_rows(roles)
-    if official:
-        return ~response
+    if official:  # sequences that are all padding stand for nothing and are no part of the official batch
+        return ~response & (roles != Role.PADDING).any(1, keepdim=True)
     rows = existing_rows(roles) & ~response
     return rows if boundary else rows & ~_next(response)
 

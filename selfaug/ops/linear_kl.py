@@ -124,7 +124,7 @@ class _ChunkedKL(torch.autograd.Function):
     """Per-row KL [N]. The gradient of each row to its hidden state is taken in forward; backward only scales it."""
 
     @staticmethod
-    def forward(ctx, hidden, reference, weight, bias, shape, divergence, size, dtype):  # noqa: D102
+    def forward(ctx, hidden, reference, weight, bias, shape, divergence, size, dtype):
         needs_gradient = ctx.needs_input_grad[0]
         accurate = reduction_dtype(hidden)
         n, vocabulary = len(hidden), len(weight)
@@ -153,7 +153,7 @@ class _ChunkedKL(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         return (gradient * grad.unsqueeze(-1)).to(gradient.dtype), None, None, None, None, None, None, None
 

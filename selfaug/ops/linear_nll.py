@@ -57,7 +57,7 @@ def naive_nll(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | No
 
 class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, targets, weight, bias, shape, size, dtype):  # noqa: D102
+    def forward(ctx, hidden, targets, weight, bias, shape, size, dtype):
         accurate = reduction_dtype(hidden)
         n = len(hidden)
         values = hidden.new_empty(n, dtype=accurate)
@@ -91,6 +91,6 @@ class _ChunkedNLL(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         return (gradient * grad.unsqueeze(-1)).to(gradient.dtype), None, None, None, None, None, None

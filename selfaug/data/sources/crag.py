@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, CData, NavigableString, Tag
+from bs4.element import PageElement
 from bs4.exceptions import ParserRejectedMarkup
 
 from selfaug.data.retrieval import Retriever
@@ -36,15 +37,15 @@ FILE_NAME = "crag_task_1_and_2_dev_v4.jsonl.bz2"
 ADDRESS = f"https://github.com/facebookresearch/CRAG/raw/refs/heads/main/data/{FILE_NAME}"
 
 # What a browser does not show as the page's text, or shows around it on every page.
-_HIDDEN = (
+_HIDDEN = {
     *("script", "style", "noscript", "template", "svg", "iframe", "head"),
     *("nav", "header", "footer", "aside", "form", "button", "select"),
-)
-# After these a line ends; everything else (links, bold) stands inside a line, and "H<sub>2</sub>O" stays one word.
-_BLOCKS = (
-    *("p", "div", "section", "article", "main", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "blockquote"),
-    *("pre", "figure", "figcaption", "title", "h1", "h2", "h3", "h4", "h5", "h6", "hr"),
-)
+}
+# Lines end around these; everything else (links, bold) stands inside a line, and "H<sub>2</sub>O" stays one word.
+_BLOCKS = {
+    *("p", "div", "section", "main", "article", "blockquote", "pre", "figure", "figcaption", "br", "hr"),
+    *("h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "dl", "dt", "dd", "table", "tr", "td", "th"),
+}
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _NO_ANSWER = {"i dont know", "i do not know", "dont know", "do not know", "idk"}
 
@@ -167,13 +168,21 @@ def html_to_text(html: str, parser: str = "html.parser") -> str:
             soup = BeautifulSoup(html, parser)
     except (ParserRejectedMarkup, RecursionError):
         return ""
-    for tag in soup.find_all(_HIDDEN):
-        if not tag.decomposed:  # it may have gone with the one around it
-            tag.decompose()
-    for tag in soup.find_all(("br", *_BLOCKS)):
-        tag.insert_before("\n")
-        tag.insert_after("\n")
-    lines = (" ".join(line.split()) for line in soup.get_text().splitlines())
+    # A walk with its own stack: linear in the page's size and without recursion, whatever the nesting.
+    pieces: list[str] = []
+    stack: list[PageElement | str] = [soup]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Tag):
+            if node.name in _HIDDEN:
+                continue
+            if node.name in _BLOCKS:
+                pieces.append("\n")
+                stack.append("\n")
+            stack.extend(reversed(node.contents))
+        elif type(node) in (str, NavigableString, CData):  # its subclasses are comments, scripts, doctypes ...
+            pieces.append(str(node))
+    lines = (" ".join(line.split()) for line in "".join(pieces).splitlines())
     return "\n".join(line for line in lines if line)
 
 

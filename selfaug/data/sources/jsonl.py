@@ -72,7 +72,8 @@ class JsonlSource:
     def fingerprint(self) -> str:
         """sha256 over the files' contents, the settings that choose the split, and the version of this class."""
         settings = {"val_share": self.val_share, "test_share": self.test_share, "seed": self.seed}
-        return hash_sources(type(self).__name__, self.VERSION, settings, self.files)
+        files = {str(split): file for split, file in self.files.items()}
+        return hash_sources(type(self).__name__, self.VERSION, settings, files)
 
     def examples(self, split: Split, count_tokens: Callable[[list[str]], list[int]]) -> Iterator[Example]:
         """The examples of `split` in the order of the file. All files are checked first; see the class.

@@ -5,6 +5,7 @@ Liu et al. 2024, arXiv 2501.00353). The passages that the answer rests on stand 
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from selfaug.errors import UserError
 
 _KEYS = ("question", "answer", "documents")
 _PIECE = 1 << 20  # characters of a JSON list that are read at a time
+_LONGEST = 1 << 26  # no record is longer: what cannot be parsed by then is a mistake in the file
 
 
 class RagInstructSource:
@@ -119,28 +121,45 @@ def _read_list(path: Path) -> Iterator[Any]:
     decoder = json.JSONDecoder()
     number = 0
     try:
-        with open_bytes(path) as file:
-            text, place, ended = file.read(1).decode("utf-8-sig"), 0, False
-            read = _decoded(file)
-            text += next(read, "")
-            place = _skip(text, 0, " \t\r\n")
-            if text[place : place + 1] != "[":
-                raise UserError(f"{path}: must be a JSON list [...]; a file with one object a line is named .jsonl")
-            place += 1
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as file:
+            text = file.read(_PIECE).lstrip()
+            if not text.startswith("["):
+                raise UserError(f"{path}: must be a JSON list [...]; name a file with one object a line .jsonl")
+            place = 1
             while True:
-                place = _skip(text, place, " \t\r\n,")
+                while place < len(text) and text[place] in " \t\r\n,":
+                    place += 1
                 if text[place : place + 1] == "]":
                     return
                 try:
                     record, place = decoder.raw_decode(text, place)
-                except json.JSONDecodeError as error:
-                    piece = next(read, "")
-                    ended = not piece
-                    if ended:
+                except json.JSONDecodeError as error:  # the record may go on in the next piece
+                    piece = file.read(_PIECE) if len(text) - place < _LONGEST else ""
+                    if not piece:
                         raise UserError(f"{path}:{number + 1}: not valid JSON: {error.msg}") from error
                     text, place = text[place:] + piece, 0
-                    continue
-                number += 1
-                yield record
-    except (UnicodeDecodeError, EOFError, OSError) as error:
+                else:
+                    number += 1
+                    yield record
+    except (UnicodeDecodeError, EOFError, OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read after record {number}: {error}") from error
+
+
+def _example(record: Any, number: int) -> Example:
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a JSON object, not {json_type(record)}")
+    for key in _KEYS:
+        if key not in record:
+            raise ValueError(f"missing key {key!r}; it has: {', '.join(map(str, record)) or 'none'}")
+    for key in ("question", "answer"):
+        if not isinstance(record[key], str) or not record[key].strip():
+            raise ValueError(f"{key!r} must be a string with some text")
+    documents = record["documents"]
+    if not isinstance(documents, list) or not all(isinstance(text, str) for text in documents):
+        raise ValueError("'documents' must be a list of strings")
+    return Example(
+        id=str(number),
+        question=record["question"].strip(),
+        answers=(record["answer"].strip(),),
+        documents=tuple(Document(text.strip()) for text in documents if text.strip()),
+    )

@@ -5,6 +5,7 @@ Each question comes with its own paragraph and with the paragraphs that BM25 ran
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,11 @@ class SquadSource:
     def examples(self, split: Split, count_tokens: Callable[[list[str]], list[int]]) -> Iterator[Example]:
         """The examples of one split in a seeded order. `count_tokens` is called once, for all paragraphs together."""
         questions = [_question(self.path, number, value) for number, value in _objects(self.path)]
-        split_of = _split_titles(questions, self.val_share, self.test_share, self.seed)
-        chosen = [q for q in questions if split_of[q.gold.title] == split]
+        # A paragraph that stands under two titles goes with the first of them, so that it is in one split only.
+        title_of: dict[str, str] = {}
+        titles = [title_of.setdefault(q.gold.text, q.gold.title) for q in questions]
+        split_of = _split_titles(titles, self.val_share, self.test_share, self.seed)
+        chosen = [q for q, title in zip(questions, titles, strict=True) if split_of[title] == split]
         chosen.sort(key=lambda q: (hash_share(q.id, self.seed, "order"), q.id))
         pool = list(dict.fromkeys(_distractor(q.gold) for q in chosen))
         if self.leads_path and chosen:
@@ -188,17 +192,15 @@ def _distractor(document: Document) -> Document:
     return Document(document.text, document.title)
 
 
-def _split_titles(questions: list[_Question], val_share: float, test_share: float, seed: int) -> dict[str, Split]:
+def _split_titles(question_titles: list[str], val_share: float, test_share: float, seed: int) -> dict[str, Split]:
     """The split of each title. Titles are few and of unequal size, so hashing each would miss the shares by far:
     they are taken in a seeded order, for test and then for val, as long as that comes nearer to the share."""
-    sizes: dict[str, int] = {}
-    for question in questions:
-        sizes[question.gold.title] = sizes.get(question.gold.title, 0) + 1
+    sizes = Counter(question_titles)
     titles = sorted(sizes, key=lambda title: (hash_share(title, seed, "title"), title))
     split_of: dict[str, Split] = {}
     shares: tuple[tuple[Split, float], ...] = (("test", test_share), ("val", val_share))
     for split, share in shares:
-        target, filled = share * len(questions), 0
+        target, filled = share * len(question_titles), 0
         for title in titles:
             if title not in split_of and abs(filled + sizes[title] - target) < abs(filled - target):
                 split_of[title] = split

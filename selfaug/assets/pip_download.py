@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from selfaug.paths import cache_dir
 # pip prepares the metadata of an sdist before it saves the file, and there is no switch against it: it would install
 # the build backend and run it on the sdist. Nothing here is ever built, so pip is given a backend of the same name
 # (first on PYTHONPATH, with --no-build-isolation) that only repeats what is known already. No code of the sdist or
-# of its build requirements is fetched or run, and the download takes 2 s rather than 10.
+# of its build requirements is fetched or run.
 _STAND_IN_BACKEND = """\
 import pathlib
 
@@ -35,7 +36,8 @@ def download(archive: Archive, work: Path) -> Path:
     environment = os.environ | {"TMPDIR": str(work)}
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python", "--dest", str(work)]
     if archive.backend:
-        environment["PYTHONPATH"] = str(_write_stand_in(archive, work / "backend"))
+        paths = [str(_write_stand_in(archive, work / "backend")), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         command += ["--no-binary", archive.package, "--no-build-isolation"]
     else:
         command += ["--only-binary", ":all:"]
@@ -45,7 +47,9 @@ def download(archive: Archive, work: Path) -> Path:
     )
     path = work / archive.filename
     if done.returncode or not path.is_file():
-        raise UserError(_why(archive, done.stderr))
+        # pip may report a full disk as an incomplete download, so look at the disk as well.
+        full = os.strerror(errno.ENOSPC) in done.stderr or shutil.disk_usage(work).free < archive.bytes
+        raise UserError(_why(archive, done.stderr, full))
     return path
 
 
@@ -54,14 +58,16 @@ def _write_stand_in(archive: Archive, folder: Path) -> Path:
     module = folder.joinpath(*archive.backend.split(".")).with_suffix(".py")
     module.parent.mkdir(parents=True)
     (module.parent / "__init__.py").touch()
-    module.write_text(_STAND_IN_BACKEND.format(name=archive.package, version=archive.version), encoding="utf-8")
+    module.write_text(
+        _STAND_IN_BACKEND.format(name=archive.package.replace("-", "_"), version=archive.version), encoding="utf-8"
+    )
     return folder
 
 
-def _why(archive: Archive, stderr: str) -> str:
+def _why(archive: Archive, stderr: str, disk_full: bool) -> str:
     """One sentence from what pip wrote to stderr."""
     by_hand = f"put the file {archive.filename} into {cache_dir() / 'archives'} and run again."
-    if os.strerror(errno.ENOSPC) in stderr:
+    if disk_full:
         return (
             f"The disk of the cache {cache_dir()} is full: {archive.bytes / 1e6:.0f} MB are needed there for "
             f"{archive.requirement}; free some space or set SELFAUG_CACHE to a directory on a larger disk."
@@ -80,5 +86,7 @@ def _why(archive: Archive, stderr: str) -> str:
             f"Could not download {archive.requirement}: the package index cannot be reached; "
             f"check the network or {by_hand}"
         )
-    last = (stderr.strip().splitlines() or ["no message"])[-1].removeprefix("ERROR: ")
-    return f"Could not download {archive.requirement} (pip: {last}); solve that or {by_hand}"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("ERROR:", "×"))] or lines or ["no message"]
+    said = errors[-1].removeprefix("ERROR:").removeprefix("×").strip()
+    return f"Could not download {archive.requirement} (pip: {said}); solve that or {by_hand}"

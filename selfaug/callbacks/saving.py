@@ -1,0 +1,62 @@
+"""Checkpoints for resuming: the newest one is kept, the older goes only once the newer is whole."""
+
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from selfaug.callbacks.metrics_file import MetricsFile
+
+log = logging.getLogger(__name__)
+
+
+class SaveCheckpoints(L.Callback):
+    """Saves checkpoints/step-N.ckpt every n optimiser steps and when SIGTERM asks the run to stop.
+
+    Lightning writes a checkpoint beside its place and renames it, so that a kill at any moment leaves the last whole
+    one. (Lightning's ModelCheckpoint picks by a monitored metric and carries that state; resuming needs neither.)
+    """
+
+    def __init__(self, directory: Path, every_n_steps: int):
+        self.directory, self.every_n_steps = directory, every_n_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.keep_until(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stopping = trainer.received_sigterm
+        if trainer.world_size > 1:  # the signal may reach the processes in different steps
+            stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)
+        if stopping or (self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0):
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Every process takes part."""
+        for logger in trainer.loggers:
+            logger.save()  # a resumed run must find the rows of all steps up to its checkpoint
+        path = self.directory / f"step-{trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for old in self.directory.glob("step-*.ckpt"):
+                if old != path:
+                    old.unlink(missing_ok=True)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint with the highest step that can be read; damaged ones are passed over with a warning."""
+    for path in sorted(directory.glob("step-*.ckpt"), key=lambda p: int(p.stem.rpartition("-")[2]), reverse=True):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            log.warning("%s cannot be read (%s); looking for an older one", path, str(error).split("\n")[0])
+            continue
+        return path
+    return None

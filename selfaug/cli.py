@@ -1,0 +1,120 @@
+"""The command line of the entry points: Hydra, with errors in one sentence.
+
++experiment=NAME and experiment=NAME mean the same.
+debug=traceback shows where an error came from.
+"""
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from selfaug.errors import UserError
+from selfaug.run.identity import register_resolvers
+
+
+def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Compose the configuration from sys.argv and call `task` with it (once for each job of a sweep).
+
+    A mistake of the user's ends in one sentence on stderr and exit status 1.
+    """
+    register_resolvers()
+    sys.argv[1:] = [re.sub(r"^\+(experiment=)", r"\1", argument) for argument in sys.argv[1:]]
+    # Hydra prints its own paragraphs unless it is told to raise.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with _user_errors():
+        # The inner one, because Hydra prints a line of its own about an exception that leaves a job.
+        hydra.main(version_base="1.3", config_path="pkg://selfaug.conf", config_name=config_name)(
+            _user_errors()(task)
+        )()
+
+
+class _user_errors(ContextDecorator):
+    """Ends the program with one sentence where the user can mend the error; lets every other error through."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        message = sentence(error) if isinstance(error, Exception) else None
+        if message is not None and not wants_traceback():
+            print(f"selfaug: {message}", file=sys.stderr)
+            sys.exit(1)
+
+
+def wants_traceback() -> bool:
+    """debug=traceback was given."""
+    return any(re.match(r"\+?debug=.*traceback", argument) for argument in sys.argv[1:])
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user about an error that is his to mend; None for one that is ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):  # one of Hydra's is an OSError too
+        if isinstance(error.__cause__, (UserError, OSError)):
+            return sentence(error.__cause__)
+        return _hydra_sentence(error)
+    return _system_sentence(error) if isinstance(error, OSError) else None
+
+
+def _system_sentence(error: OSError) -> str | None:
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"The disk is full{place}: free some space, or set paths.runs_dir or SELFAUG_CACHE to another disk; "
+            "the same command then goes on from the last checkpoint."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        return f"Cannot write there{place}: set paths.runs_dir (or SELFAUG_CACHE) to a directory that can be written."
+    return None
+
+
+def _hydra_sentence(error: BaseException) -> str:
+    text = str(error)
+    if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", text):
+        return f"{missing[1]} is not set and has no default: add {missing[1]}=... to the command."
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if missing := re.search(r"Could not override '([^']+)'", text):
+        key = missing[1]
+        return f"There is no setting {key}{_nearest(key)}; to add it all the same write +{key}=..."
+    if missing := re.search(r"In '[^']+': Could not find '([^']+)'|Could not find '([^']+)'", text):
+        group, _, choice = (missing[1] or missing[2]).rpartition("/")
+        known = [line for line in lines[1:] if re.fullmatch(r"[\w\-.]+", line) and line != "base"]
+        among = f"; choose one of {', '.join(known)}" if known else ""
+        return f"There is no {group}={choice}{among}." if group else f"There is no configuration {choice}{among}."
+    return f"The configuration is not valid: {lines[0].rstrip('.') if lines else type(error).__name__}."
+
+
+def _nearest(key: str) -> str:
+    """', did you mean X' for the setting of train.yaml that is spelled most like `key`."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("selfaug.conf", version_base="1.3"):
+        known = _flatten(compose("train"))
+    near = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+        key, [k for k in known if "." not in k]
+    )
+    return f", did you mean {near[0]}" if near else ""
+
+
+def _flatten(config: Any, prefix: str = "") -> list[str]:
+    names = []
+    for key in config:
+        names.append(f"{prefix}{key}")
+        child = config._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            names += _flatten(child, f"{prefix}{key}.")
+    return names

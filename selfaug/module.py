@@ -1,0 +1,189 @@
+"""The LightningModule: one training_step is one optimiser step.
+
+Optimisation is manual because the means of the loss run over all tokens of the step, which are known only when all of
+its micro-batches are, and because their number differs from step to step and is no constant of the trainer.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from selfaug.data.batching import Step
+from selfaug.errors import UserError
+from selfaug.model.decoder import Decoder
+from selfaug.objective import Objective
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a cosine schedule; the defaults are the paper's (appendix A.2, CRAG).
+
+    warmup_ratio: share of all steps over which the learning rate rises from 0. max_grad_norm: gradients are scaled to
+    at most this norm; null for no limit.
+    """
+
+    lr: float = 5e-4
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_ratio: float = 0.05
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"optimizer.lr={self.lr} is not allowed: set it to a positive number.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"optimizer.warmup_ratio={self.warmup_ratio} is not allowed: set it between 0 and 1.")
+
+
+class SelfAugModule(L.LightningModule):
+    """Fine-tunes `model` with `objective`.
+
+    Args:
+        model: a peft.PeftModel (or a transformers model with injected adapters).
+        objective: NLL and its terms.
+        optimizer: AdamW and its schedule.
+        seed: with the number of the step it seeds dropout, so that a resumed run draws what the first would have.
+        shard: called by FSDP2 with the model and its device mesh (see selfaug/model/shard.py).
+    """
+
+    # Checkpoints hold what trains; the frozen base is not in them.
+    strict_loading = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        *,
+        seed: int = 0,
+        shard: Callable[[nn.Module, Any], None] | None = None,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        objective.check(model)
+        self.model, self.objective, self.optimizer_config, self.seed, self._shard = (
+            model,
+            objective,
+            optimizer,
+            seed,
+            shard,
+        )
+        self.step_tokens = 0  # of the last optimiser step, over all processes, without padding
+        self._sums: Tensor | None = None  # of the validation: [2, parts], nats and rows
+
+    def configure_model(self) -> None:
+        if self._shard is not None:
+            self._shard(self.model, self.device_mesh)
+            self._shard = None  # Lightning may call this hook again
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, step: Step, _: int) -> None:
+        torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        decoder = Decoder(self.model)
+        totals = self._over_processes(sum(self.objective.count(batch) for batch in step.micro_batches))
+
+        sums = torch.zeros(len(self.objective.names) + 1, device=self.device)
+        for i, batch in enumerate(step.micro_batches):
+            losses = self.objective(decoder, batch, totals)
+            self._backward(losses.loss, last=i == len(step.micro_batches) - 1)
+            sums += torch.stack([losses.loss.detach(), *(part.detach() for part in losses.parts.values())])
+        sums = self._over_processes(sums)
+        if not torch.isfinite(sums[0]):
+            raise NonFiniteLoss(self.global_step, [name for batch in step.micro_batches for name in batch.ids])
+
+        if self.optimizer_config.max_grad_norm is not None:
+            self.clip_gradients(optimizer, self.optimizer_config.max_grad_norm, "norm")
+        learning_rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        tokens = sum(batch.attention_mask.sum() for batch in step.micro_batches if batch.ids)  # silent ones have no ids
+        self._log_step(sums, totals, learning_rate, self._over_processes(torch.as_tensor(tokens, device=self.device)))
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        # Data-parallel training averages the gradients over the processes; our sums are already over all of them.
+        loss = loss * self.trainer.world_size
+        # With DDP gradients are exchanged once, with the last micro-batch.
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        wait = nullcontext() if last else block()
+        with wait, torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def _log_step(self, sums: Tensor, totals: Tensor, learning_rate: float, tokens: Tensor) -> None:
+        values = {"train/loss": float(sums[0]), "train/lr": learning_rate, "train/tokens": int(tokens)}
+        for i, name in enumerate(self.objective.names):
+            values[f"train/{name}"] = float(sums[1 + i])
+            values[f"train/rows_{name}"] = int(totals[i])
+        for name, term in self.objective.terms.items():
+            values["train/alpha" if len(self.objective.terms) == 1 else f"train/alpha_{name}"] = term.alpha
+        self.write_metrics(values)
+        self.step_tokens = int(tokens)
+        self.log_dict({name: values[f"train/{name}"] for name in self.objective.names}, prog_bar=True, logger=False)
+
+    def write_metrics(self, values: dict[str, float]) -> None:
+        """To every logger, at the number of optimiser steps done so far.
+
+        Directly and not through self.log, which writes only after the callbacks: a checkpoint of step n must not be
+        older than the row of step n.
+        """
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
+
+    # ---- validation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(2, len(self.objective.names), device=self.device, dtype=torch.float64)
+
+    def validation_step(self, step: Step, _: int) -> None:
+        for batch in step.micro_batches:
+            counts = self.objective.count(batch)
+            losses = self.objective(Decoder(self.model), batch, torch.ones_like(counts))
+            self._sums += torch.stack([torch.stack([*losses.parts.values()]).double(), counts.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        nats, rows = self._over_processes(self._sums)
+        means = (nats / rows.clamp_min(1)).tolist()
+        values = {f"val/{name}": value for name, value in zip(self.objective.names, means, strict=True)}
+        self.write_metrics(values)
+        self.log_dict(values, prog_bar=True, logger=False)
+
+    # ---- optimiser and checkpoints -----------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        config = self.optimizer_config
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_ratio * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+
+
+class NonFiniteLoss(UserError):
+    """A loss that is NaN or infinite. The optimiser has not stepped on it."""
+
+    def __init__(self, step: int, examples: list[str]):
+        shown = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
+        super().__init__(
+            f"The loss of step {step} is not finite (examples {shown}): look at these examples, lower optimizer.lr or "
+            "alignment.alpha, or set trainer.precision=32-true; the last checkpoint is kept."
+        )

@@ -1,0 +1,138 @@
+"""From the configuration to objects. The only place, beside the entry points, that knows both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from selfaug.data.datamodule import RagDataModule
+from selfaug.data.prompt import PromptConfig
+from selfaug.errors import UserError
+from selfaug.model.decoder import verify_decoder
+from selfaug.model.load import add_adapter, load_base, load_tokenizer
+from selfaug.model.shard import shard
+from selfaug.module import OptimizerConfig, SelfAugModule
+from selfaug.objective import Objective
+
+
+def make(node: Any, where: str) -> Any:
+    """hydra.utils.instantiate with errors that name the setting."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (UserError, OSError)):
+            raise cause from None
+        reason = str(cause or error).split("\n")[0]
+        raise UserError(f"{where} does not fit together: {reason.rstrip('.')}; see selfaug/conf/{where}.") from error
+
+
+def call(function: Any, where: str, **arguments: Any) -> Any:
+    """function(**arguments), where a key that it does not know is the user's typo."""
+    try:
+        return function(**arguments)
+    except TypeError as error:
+        reason = str(error).rpartition(")")[2].strip() or str(error)
+        raise UserError(f"{where}: {reason}; see selfaug/conf/{where}.") from error
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the trainer computes in. `name` is Lightning's; `mixed` says that autocast rounds products to bfloat16."""
+
+    name: str
+    mixed: bool
+
+    def autocast(self, device: str) -> torch.autocast:
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.mixed)
+
+
+def precision(config: DictConfig) -> Precision:
+    """trainer.precision, with `auto` decided: bf16-mixed where the processor has bfloat16 products, else 32-true."""
+    name = str(config.trainer.precision)
+    if name == "auto":
+        name = "bf16-mixed" if _has_bf16() else "32-true"
+    if name not in ("bf16-mixed", "32-true", "bf16-true"):
+        raise UserError(f"trainer.precision={name} is not supported: set it to auto, bf16-mixed, bf16-true or 32-true.")
+    return Precision(name, mixed=name == "bf16-mixed")
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    cpu = getattr(torch, "cpu", None)
+    return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def data(config: DictConfig) -> RagDataModule:
+    """The data module; nothing is read or tokenised before its first use."""
+    tokenizer = load_tokenizer(config.model.name, config.model.revision)
+    node = OmegaConf.to_container(config.data, resolve=True)
+    assert isinstance(node, dict)
+    prompt = call(PromptConfig, "data/prompt", **node.pop("prompt"))
+    source = make(node.pop("source"), "data")
+    for shorthand in ("name", "path", "context_tokens"):  # they only feed the source
+        node.pop(shorthand, None)
+    return call(
+        RagDataModule, "data", source=source, tokenizer=tokenizer, prompt=prompt, seed=config.seed,
+        progress=config.progress, **node,
+    )  # fmt: skip
+
+
+def base_model(config: DictConfig) -> torch.nn.Module:
+    """The frozen base model in the dtype that the trainer's precision asks for."""
+    return load_base(
+        config.model.name,
+        dtype=config.model.dtype if precision(config).name != "bf16-true" else "bfloat16",
+        mixed=precision(config).mixed,
+        revision=config.model.revision,
+        attn_implementation=config.model.attn_implementation,
+    )
+
+
+def objective(config: DictConfig) -> Objective:
+    """NLL and the terms of the method."""
+    return Objective({str(name): make(term, "method") for name, term in config.method.terms.items()})
+
+
+def module(config: DictConfig) -> SelfAugModule:
+    """Base model, fresh adapter and objective. The adapter's initial weights depend on the seed alone."""
+    L.seed_everything(config.seed, verbose=False)
+    goal = objective(config)  # first: a wrong alpha should not have to wait for the model
+    optimizer = call(OptimizerConfig, "optimizer", **OmegaConf.to_container(config.optimizer, resolve=True))
+    model = add_adapter(base_model(config), make(config.adapter, "adapter"))
+    with precision(config).autocast("cpu"):  # where the model still is
+        verify_decoder(model)
+    sharded = "ModelParallel" in str(OmegaConf.select(config, "trainer.strategy._target_"))
+    return SelfAugModule(model, goal, optimizer, seed=config.seed, shard=shard if sharded else None)
+
+
+def devices(config: DictConfig) -> int:
+    """How many processes train, on this node."""
+    wanted = config.trainer.devices
+    if wanted == "auto":
+        return max(torch.cuda.device_count(), 1)
+    if isinstance(wanted, (list, tuple)) or OmegaConf.is_list(wanted):
+        return len(wanted)
+    if not isinstance(wanted, int) or wanted < 1:
+        raise UserError(f"trainer.devices={wanted} is not allowed: set it to a number of processes, or to auto.")
+    return wanted
+
+
+def trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Any], root: str) -> L.Trainer:
+    """The Lightning trainer; every other key of `trainer` goes to it as it is."""
+    node = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(node, dict)
+    node["precision"] = precision(config).name
+    node["devices"] = devices(config)
+    if isinstance(node.get("strategy"), dict):
+        node["strategy"] = make(config.trainer.strategy, "trainer")
+    return call(
+        L.Trainer, "trainer", callbacks=list(callbacks), logger=list(loggers), default_root_dir=root,
+        enable_progress_bar=config.progress, use_distributed_sampler=False, enable_model_summary=False, **node,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""The training stage of a run: from a claimed run directory to adapter/ and fit.json."""
+
+import logging
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig
+
+from selfaug.callbacks.saving import SaveCheckpoints, newest_checkpoint
+from selfaug.callbacks.throughput import Throughput
+from selfaug.data.datamodule import RagDataModule
+from selfaug.errors import UserError
+from selfaug.module import SelfAugModule
+from selfaug.run import build
+from selfaug.run.identity import RunDirectory, write_json
+from selfaug.run.loggers import build_loggers
+
+log = logging.getLogger(__name__)
+
+SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports for a process ended by SIGTERM
+
+
+def fit(config: DictConfig, run: RunDirectory, data: RagDataModule) -> None:
+    """Train in this process (as one of the processes, where there are several), then save the adapter."""
+    module = build.module(config)
+    throughput = Throughput()
+    saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
+    loggers = build_loggers(config, run.path)
+    trainer = build.trainer(config, [saving, throughput], loggers, str(run.path))
+    checkpoint = _resume_from(config, run)
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint)
+    try:
+        # Lightning's own loops and our state are plain Python and tensors, so nothing needs to be unpickled.
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:
+        log.warning(
+            "stopped by SIGTERM after step %d; its checkpoint is in %s, and the same command resumes from it",
+            trainer.global_step,
+            run.checkpoints,
+        )
+        sys.exit(SIGTERM_EXIT)
+    if trainer.interrupted:
+        sys.exit(SIGTERM_EXIT)
+    save_adapter(module, run.adapter)
+    if trainer.is_global_zero:
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else throughput.peak_host_bytes()
+        write_json(
+            run.path / "fit.json",
+            {
+                "seconds": throughput.seconds,
+                "tokens": throughput.tokens,
+                "steps": trainer.global_step,
+                "peak_bytes": peak,
+            },
+        )
+    trainer.strategy.barrier()
+
+
+def save_adapter(module: SelfAugModule, directory: Path) -> None:
+    """The adapter as a PEFT folder (safetensors), whole or not at all. Every process calls it, the first one writes."""
+    trainable = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    state: dict[str, Any] = {}
+    for name, parameter in module.model.named_parameters():
+        if name in trainable:
+            # Sharded parameters are gathered, which all processes take part in.
+            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            state[name] = full.detach().cpu().clone()
+    if not module.trainer.is_global_zero:
+        return
+    work = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    module.model.save_pretrained(str(work), safe_serialization=True, state_dict=state)
+    (work / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    shutil.rmtree(directory, ignore_errors=True)
+    work.rename(directory)
+
+
+def _resume_from(config: DictConfig, run: RunDirectory) -> str | None:
+    """The checkpoint to go on from: the newest whole one of this run (auto), a given one, or none."""
+    wanted = config.ckpt_path
+    if wanted is None:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        return None
+    if wanted != "auto":
+        if not Path(wanted).is_file():
+            raise UserError(f"ckpt_path={wanted} does not exist: set it to a checkpoint, to auto, or to null.")
+        return str(wanted)
+    newest = newest_checkpoint(run.checkpoints)
+    return None if newest is None else str(newest)

@@ -1,0 +1,111 @@
+"""Who a run is: a hash of the part of its configuration that changes its result, and a directory named by it.
+
+The same command therefore finds its own directory again: an unfinished run is resumed, a finished one is skipped, and
+a sweep that crashed does only what is missing. Where the data itself has changed under the same configuration, the
+run is refused rather than mixed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from selfaug.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What does not change the result. `alignment` only feeds method.terms, which is in the hash where it is used.
+IRRELEVANT = frozenset(
+    {"alignment", "callbacks", "ckpt_path", "force", "hydra", "logger", "paths", "progress", "run_name", "tags"}
+)
+_IRRELEVANT_DATA = frozenset({"num_workers"})
+
+
+def config_hash(config: DictConfig | ListConfig) -> str:
+    """Ten hex digits that change whenever something that changes the result does."""
+    # Key by key, because `run_name` and `hydra` refer back to this very hash.
+    relevant = {
+        str(key): OmegaConf.to_container(config[key], resolve=True) if OmegaConf.is_config(config[key]) else config[key]
+        for key in config
+        if key not in IRRELEVANT
+    }
+    relevant["data"] = {k: v for k, v in (relevant.get("data") or {}).items() if k not in _IRRELEVANT_DATA}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def register_resolvers() -> None:
+    """Make ${config_hash:} known to OmegaConf. Idempotent."""
+    OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True, use_cache=False)
+
+
+class RunDirectory:
+    """The files of one run.
+
+    config.yaml      the resolved configuration
+    run.json         what the run was started on (fingerprint of the data)
+    metrics.csv      what was logged, by step
+    checkpoints/     for resuming; trainable weights, optimiser and loops only
+    adapter/         the tuned PEFT adapter, written when training is complete
+    fit.json         time, tokens and memory of the training
+    results.json     scores; the run is finished once it is there
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def finished(self) -> bool:
+        return self.results.is_file()
+
+    @property
+    def fitted(self) -> bool:
+        return (self.path / "fit.json").is_file() and (self.adapter / "adapter_config.json").is_file()
+
+    def claim(self, config: DictConfig, data_fingerprint: str) -> None:
+        """Write config.yaml and run.json, or check them against those of the run that is to be resumed."""
+        started = self.path / "run.json"
+        if started.is_file():
+            before = json.loads(started.read_text())["data_fingerprint"]
+            if before != data_fingerprint:
+                raise UserError(
+                    f"The data has changed since the run in {self.path} was started: delete that directory, or set "
+                    "paths.runs_dir to another one."
+                )
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write_json(started, {"data_fingerprint": data_fingerprint})
+
+    def read_fit(self) -> dict[str, Any]:
+        return json.loads((self.path / "fit.json").read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically: the old file or the new one, never a half."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,35 @@
+"""One of several training processes. Run as: python -m torch.distributed.run ... -m selfaug.run.worker RUN_DIRECTORY"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from selfaug.cli import sentence
+from selfaug.run import build
+from selfaug.run.fit import fit
+from selfaug.run.identity import RunDirectory, register_resolvers
+
+
+def main() -> None:
+    """Train as the process that the environment says; the configuration is the run directory's."""
+    register_resolvers()
+    logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.ERROR, format="%(message)s")
+    run = RunDirectory(sys.argv[1])
+    config = OmegaConf.load(run.path / "config.yaml")
+    try:
+        fit(config, run, build.data(config))
+    except Exception as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        (run.path / "worker-error.txt").write_text(message)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: python -m selfaug.run.worker RUN_DIRECTORY")
+    main()

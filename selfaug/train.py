@@ -1,0 +1,101 @@
+"""Fine-tune a model and show what it learned and what it kept.
+
+Run as: python -m selfaug.train [SETTING=VALUE ...]            one run; the same command again resumes or skips it
+        python -m selfaug.train -m alignment.alpha=0,0.5       a sweep, one run for each value
+        python -m selfaug.train +experiment=NAME               a prepared run or sweep (selfaug/conf/experiment)
+        python -m selfaug.train --cfg job                      show the configuration
+"""
+
+import logging
+import os
+import shutil
+import traceback
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from selfaug import cli
+from selfaug.run.identity import RunDirectory
+from selfaug.run.sweep import record_job
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig, directory: str) -> Any:
+    """One run, from whatever point it has reached to its results. Returns selfaug.reporting.results.Results."""
+    # Here and not above, so that --help and --cfg answer at once.
+    from selfaug.reporting.results import read_results, write_results
+    from selfaug.run import build
+    from selfaug.run.fit import fit
+    from selfaug.run.launch import inside_launcher, launch_workers
+    from selfaug.run.score import score
+
+    run = RunDirectory(directory)
+    build.objective(config)  # a wrong setting should not have to wait for the data
+    build.precision(config)
+    if config.force:
+        for leftover in (run.adapter, run.checkpoints):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in (run.results, run.path / "fit.json", run.path / "run.json", run.path / "metrics.csv"):
+            leftover.unlink(missing_ok=True)
+    data = build.data(config)
+    run.claim(config, data.data.fingerprint)
+    if run.finished:
+        log.info("this run is finished: %s (force=true does it again)", run.path)
+        return read_results(run.results)
+    if not run.fitted:
+        processes = build.devices(config)
+        if processes > 1 and not inside_launcher():
+            launch_workers(run.path, processes)
+        else:
+            fit(config, run, data)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_results(run.results, score(config, run, data))
+        return read_results(run.results)
+    return None
+
+
+def _task(config: DictConfig) -> None:
+    directory = HydraConfig.get().runtime.output_dir
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _sweep_job(config, directory)
+        return
+    results = train(config, directory)
+    if results is not None:
+        _show(results, directory)
+
+
+def _sweep_job(config: DictConfig, directory: str) -> None:
+    """A job that fails is recorded and does not take the others down."""
+    try:
+        train(config, directory)
+    except Exception as error:
+        message = cli.sentence(error)
+        if message is None:
+            message = f"{type(error).__name__}: {error}"
+            log.error(traceback.format_exc())
+        log.error("this run failed: %s", message)
+        record_job(directory, config.run_name, error=message)
+    else:
+        record_job(directory, config.run_name)
+
+
+def _show(results: Any, directory: str) -> None:
+    from selfaug.reporting.table import results_table, samples_panel
+
+    console = Console()
+    console.print(results_table(results))
+    if results.samples:
+        console.print(samples_panel(results))
+    console.print(f"Adapter, metrics and results.json: {directory}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    cli.run(_task, "train")
+
+
+if __name__ == "__main__":
+    main()

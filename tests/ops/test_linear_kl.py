@@ -1,0 +1,321 @@
+"""linear_kl against the formula written out (invariants 5 and 6), its accuracy in low precision, memory and errors."""
+
+import itertools
+
+import pytest
+import scipy.special
+import torch
+
+from selfaug.ops import linear_kl
+from tests.ops.helpers import (
+    DIVERGENCES,
+    LargestTensor,
+    chunk_sizes,
+    make_case,
+    plain_kl,
+    plain_logits,
+    relative_error,
+)
+
+HEADS = [
+    {"bias": bias, "scale": scale, "softcap": softcap, "temperature": temperature}
+    for bias, scale, softcap, temperature in itertools.product((False, True), (1.0, 0.37), (None, 4.0), (1.0, 2.5))
+]
+SHAPES = ((7, 31, 5), (1, 2, 1), (13, 17, 33))
+each_head = pytest.mark.parametrize("head", HEADS, ids=lambda h: "-".join(f"{k}={v}" for k, v in h.items()))
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+
+
+@each_head
+@each_divergence
+def test_equals_the_formula_in_float64(head, divergence):
+    for shape in SHAPES:
+        case = make_case(*shape, **head)
+        # The rows' gradients are weighted differently, so that a mixed-up or unscaled row shows.
+        upstream = torch.linspace(-1, 2, shape[0], dtype=torch.float64)
+        expected = plain_kl(case.hidden, case.reference, divergence, **case.head)
+        (expected_grad,) = torch.autograd.grad(expected @ upstream, case.hidden)
+        assert expected.max() > (1e-4 if shape[0] > 1 else 0)  # not a comparison of zeros
+        arguments = {"divergence": divergence, "reduction": "none", **case.head}
+        for impl, chunk_bytes in [("naive", 1), *(("chunked", size) for size in chunk_sizes(shape[1]).values())]:
+            found = linear_kl(case.hidden, case.reference, impl=impl, chunk_bytes=chunk_bytes, **arguments)
+            (grad,) = torch.autograd.grad(found @ upstream, case.hidden)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, check_dtype=True)
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-10)
+
+
+def test_direction_and_value_by_hand():
+    # Two words. base: p = (0.9, 0.1), tuned: q = (0.5, 0.5); head = identity, so hidden states are log-probabilities.
+    base, tuned = (torch.tensor([p], dtype=torch.float64).log() for p in ((0.9, 0.1), (0.5, 0.5)))
+    head = torch.eye(2, dtype=torch.float64)
+    base_tuned = linear_kl(tuned, base, head, divergence="kl_base_tuned").item()
+    tuned_base = linear_kl(tuned, base, head, divergence="kl_tuned_base").item()
+    assert base_tuned == pytest.approx(0.9 * 0.5877866649 + 0.1 * -1.6094379124, abs=1e-9)  # 0.3680642
+    assert tuned_base == pytest.approx(0.5 * -0.5877866649 + 0.5 * 1.6094379124, abs=1e-9)  # 0.5108256
+    assert linear_kl(tuned, base, head).item() == base_tuned  # the default is the official code's direction
+
+
+@each_divergence
+def test_equals_scipy(divergence):
+    case = make_case(11, 29, 6, bias=True, scale=0.7, softcap=5.0, temperature=1.3)
+    with torch.no_grad():
+        tuned = scipy.special.softmax(plain_logits(case.hidden, **case.head).numpy(), axis=-1)
+        base = scipy.special.softmax(plain_logits(case.reference, **case.head).numpy(), axis=-1)
+    p, q = (base, tuned) if divergence == "kl_base_tuned" else (tuned, base)
+    expected = torch.from_numpy(scipy.special.rel_entr(p, q).sum(-1))
+    found = linear_kl(case.hidden, case.reference, divergence=divergence, reduction="none", **case.head)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@each_divergence
+def test_equals_torch_distributions(divergence):
+    case = make_case(5, 19, 4)
+    tuned, base = (
+        torch.distributions.Categorical(logits=plain_logits(h, **case.head)) for h in (case.hidden, case.reference)
+    )
+    pair = (base, tuned) if divergence == "kl_base_tuned" else (tuned, base)
+    found = linear_kl(case.hidden, case.reference, divergence=divergence, reduction="none", **case.head)
+    torch.testing.assert_close(found, torch.distributions.kl_divergence(*pair), rtol=1e-10, atol=1e-10)
+
+
+@each_divergence
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_gradcheck(divergence, softcap, head_trains):
+    case = make_case(3, 7, 4, bias=True, scale=0.8, softcap=softcap, temperature=1.5, distance=1.0)
+    weight, bias = case.head["weight"], case.head["bias"]
+    settings = {k: case.head[k] for k in ("scale", "softcap", "temperature")}
+
+    def hidden_only(hidden):
+        return linear_kl(
+            hidden,
+            case.reference,
+            weight,
+            bias=bias,
+            divergence=divergence,
+            chunk_bytes=500,
+            reduction="none",
+            **settings,
+        )
+
+    if not head_trains:
+        assert torch.autograd.gradcheck(hidden_only, (case.hidden,))
+        return
+    # The base distribution is a constant, which a finite difference in the head cannot know: compare with autograd.
+    weight.requires_grad_()
+    bias.requires_grad_()
+    found = torch.autograd.grad(hidden_only(case.hidden).sum(), (case.hidden, weight, bias))
+    expected = plain_kl(case.hidden, case.reference, divergence, **case.head).sum()
+    for one, other in zip(found, torch.autograd.grad(expected, (case.hidden, weight, bias)), strict=True):
+        assert other.norm() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("trains", [("weight",), ("bias",), ("weight", "bias")], ids="+".join)
+@each_divergence
+@pytest.mark.parametrize("chunk_bytes", chunk_sizes(31).values(), ids=chunk_sizes(31))
+def test_trainable_head_gets_the_formulas_gradients(trains, divergence, chunk_bytes):
+    case = make_case(bias=True, scale=1.7, softcap=6.0)
+    leaves = [case.hidden, *(case.head[name].requires_grad_() for name in trains)]
+    expected = torch.autograd.grad(plain_kl(case.hidden, case.reference, divergence, **case.head).mean(), leaves)
+    found = linear_kl(case.hidden, case.reference, divergence=divergence, chunk_bytes=chunk_bytes, **case.head)
+    for one, other in zip(torch.autograd.grad(found, leaves), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_the_reference_is_a_constant():
+    case = make_case()
+    case.reference.requires_grad_()
+    for impl in ("naive", "chunked"):
+        linear_kl(case.hidden, case.reference, impl=impl, **case.head).backward()
+    assert case.reference.grad is None
+    assert case.hidden.grad.norm() > 0
+
+
+@each_divergence
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_float32_close_to_float64(divergence, softcap):
+    case = make_case(40, 301, 24, bias=True, softcap=softcap, scale=1.3, dtype=torch.float32)
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in case.head.items()}
+    hidden = case.hidden.detach().double().requires_grad_()
+    expected = plain_kl(hidden, case.reference.double(), divergence, **exact)
+    (expected_grad,) = torch.autograd.grad(expected.mean(), hidden)
+    found = linear_kl(
+        case.hidden, case.reference, divergence=divergence, reduction="none", chunk_bytes=20_000, **case.head
+    )
+    (grad,) = torch.autograd.grad(found.mean(), case.hidden)
+    assert found.dtype == grad.dtype == torch.float32
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(grad, expected_grad) < 1e-5
+
+
+@each_divergence
+@pytest.mark.parametrize("softcap", [None, 12.0])
+@pytest.mark.parametrize("kl", [1e-4, 1e-3])
+def test_bfloat16_autocast_keeps_a_small_kl(divergence, softcap, kl):
+    """The difference of hidden states, not of logits, is multiplied with the head: stack.md, section 4."""
+    distance = (2 * kl) ** 0.5 / 5.0  # KL is about half the variance of the logits' difference
+    case = make_case(64, 512, 64, distance=distance, logit_std=5.0, softcap=softcap, dtype=torch.float32)
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in case.head.items()}
+    hidden = case.hidden.detach().double().requires_grad_()
+    expected = plain_kl(hidden, case.reference.double(), divergence, **exact).mean()
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    assert 0.1 * kl < expected < 3 * kl
+    errors, grad_errors = {}, {}
+    with torch.autocast("cpu", torch.bfloat16):
+        for impl in ("naive", "chunked"):
+            found = linear_kl(case.hidden, case.reference, divergence=divergence, impl=impl, **case.head)
+            (grad,) = torch.autograd.grad(found, case.hidden)
+            assert found.dtype == grad.dtype == torch.float32
+            errors[impl] = abs(found.item() / expected.item() - 1)
+            grad_errors[impl] = relative_error(grad, expected_grad)
+    assert errors["chunked"] < 0.05
+    assert errors["chunked"] < 0.2 * errors["naive"]
+    assert grad_errors["chunked"] < 0.1
+    assert grad_errors["chunked"] < 0.2 * grad_errors["naive"]
+
+
+@each_divergence
+def test_bfloat16_hidden_states(divergence):
+    case = make_case(16, 211, 32, distance=0.05, dtype=torch.bfloat16)
+    exact = {"weight": case.head["weight"].double()}
+    hidden = case.hidden.detach().double().requires_grad_()
+    expected = plain_kl(hidden, case.reference.double(), divergence, **exact).mean()
+    (expected_grad,) = torch.autograd.grad(expected, hidden)
+    found = linear_kl(case.hidden, case.reference, divergence=divergence, **case.head)
+    found.backward()
+    assert found.dtype == torch.float32
+    assert case.hidden.grad.dtype == torch.bfloat16
+    assert found.item() == pytest.approx(expected.item(), rel=0.03)
+    assert relative_error(case.hidden.grad, expected_grad) < 0.1
+
+
+@each_divergence
+def test_reductions(divergence):
+    case = make_case()
+    rows = linear_kl(case.hidden, case.reference, divergence=divergence, reduction="none", **case.head)
+    assert rows.shape == (7,)
+    for reduction, expected in (("sum", rows.sum()), ("mean", rows.mean())):
+        found = linear_kl(case.hidden, case.reference, divergence=divergence, reduction=reduction, **case.head)
+        assert found.shape == ()
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+        one, other = (torch.autograd.grad(v, case.hidden, retain_graph=True)[0] for v in (found, expected))
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows_give_zero_and_keep_the_graph(impl, head_trains, reduction):
+    case = make_case(0, bias=True, softcap=3.0)
+    case.head["weight"].requires_grad_(head_trains)
+    found = linear_kl(case.hidden, case.reference, impl=impl, reduction=reduction, **case.head)
+    assert found.shape == (() if reduction != "none" else (0,))
+    assert found.sum() == 0
+    assert found.requires_grad
+    found.sum().backward()
+    assert case.hidden.grad.shape == case.hidden.shape
+    if head_trains:
+        assert torch.equal(case.head["weight"].grad, torch.zeros_like(case.head["weight"]))
+
+
+@each_head
+@each_divergence
+def test_equal_hidden_states_give_exactly_zero(head, divergence):
+    for dtype, autocast in (
+        (torch.float64, False),
+        (torch.float32, False),
+        (torch.float32, True),
+        (torch.bfloat16, False),
+    ):
+        case = make_case(9, dtype=dtype, distance=0.0, **head)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = linear_kl(case.hidden, case.reference, divergence=divergence, reduction="none", **case.head)
+        found.sum().backward()
+        assert torch.equal(found, torch.zeros_like(found))
+        assert torch.equal(case.hidden.grad, torch.zeros_like(case.hidden))
+
+
+@each_divergence
+@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_never_negative(divergence, distance, autocast):
+    case = make_case(128, 101, 16, distance=distance, logit_std=5.0, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rows = linear_kl(case.hidden, case.reference, divergence=divergence, reduction="none", **case.head)
+    # A row's KL is made of logits, which float32 knows to 2^-23 of their size; over rows the error averages out.
+    largest = plain_logits(case.hidden, **case.head).abs().max().item()
+    assert rows.min() >= -2 * 2**-23 * largest
+    assert rows.mean() >= -1e-6
+
+
+@each_divergence
+@pytest.mark.parametrize("softcap", [None, 150.0])
+def test_large_differences_stay_finite(divergence, softcap):
+    head = 200.0 * torch.eye(4, dtype=torch.float32)  # logits of 200 for another word each
+    hidden, reference = torch.eye(4)[:3].requires_grad_(), torch.eye(4)[1:]
+    found = linear_kl(hidden, reference, head, divergence=divergence, softcap=softcap, reduction="none")
+    found.sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = plain_kl(exact, reference.double(), divergence, weight=head.double(), softcap=softcap)
+    expected.sum().backward()
+    assert expected.min() > 100
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_without_gradients_the_value_is_the_same():
+    case = make_case(softcap=3.0)
+    for divergence in DIVERGENCES:
+        expected = linear_kl(case.hidden, case.reference, divergence=divergence, **case.head)
+        with torch.no_grad():
+            found = linear_kl(case.hidden, case.reference, divergence=divergence, **case.head)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_arguments_are_left_as_they_are():
+    case = make_case(bias=True, softcap=3.0, scale=0.5)
+    before = [t.detach().clone() for t in (case.hidden, case.reference, case.head["weight"], case.head["bias"])]
+    linear_kl(case.hidden, case.reference, **case.head).backward()
+    for now, then in zip((case.hidden, case.reference, case.head["weight"], case.head["bias"]), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_no_tensor_of_all_rows_and_all_words(softcap, head_trains):
+    rows, vocabulary, width = 64, 97, 8
+    case = make_case(rows, vocabulary, width, softcap=softcap, bias=True, dtype=torch.float32)
+    case.head["weight"].requires_grad_(head_trains)
+    sizes = {}
+    for impl in ("naive", "chunked"):
+        with LargestTensor() as largest:
+            linear_kl(
+                case.hidden, case.reference, impl=impl, chunk_bytes=8 * 4 * vocabulary * 4, **case.head
+            ).backward()
+        sizes[impl] = largest.numel
+    assert sizes["naive"] >= rows * vocabulary  # the meter works
+    assert sizes["chunked"] <= 3 * 11 * vocabulary < rows * vocabulary
+
+
+def test_wrong_arguments_are_named():
+    case = make_case()
+    hidden, reference, weight = case.hidden, case.reference, case.head["weight"]
+    wrong = [
+        ("hidden .* weight", (hidden, reference, weight[:, :-1]), {}),
+        ("hidden .* weight", (hidden[None], reference[None], weight), {}),
+        ("reference", (hidden, reference[:-1], weight), {}),
+        ("bias", (hidden, reference, weight), {"bias": weight[:-1, 0]}),
+        ("temperature", (hidden, reference, weight), {"temperature": 0.0}),
+        ("softcap", (hidden, reference, weight), {"softcap": 0.0}),
+        ("softcap", (hidden, reference, weight), {"softcap": -1.0}),
+        ("chunk_bytes", (hidden, reference, weight), {"chunk_bytes": 0}),
+        ("divergence must be one of kl_base_tuned, kl_tuned_base, got 'forward'", (hidden, reference, weight),
+         {"divergence": "forward"}),
+        ("reduction .*'average'", (hidden, reference, weight), {"reduction": "average"}),
+        ("impl .*'fast'", (hidden, reference, weight), {"impl": "fast"}),
+    ]  # fmt: skip
+    for message, tensors, settings in wrong:
+        with pytest.raises(ValueError, match=message):
+            linear_kl(*tensors, **settings)
