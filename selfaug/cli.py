@@ -6,9 +6,11 @@ debug=traceback shows where an error came from.
 
 import difflib
 import errno
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from typing import Any
@@ -28,6 +30,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     A mistake of the user's ends in one sentence on stderr and exit status 1.
     """
     register_resolvers()
+    quieten()
     sys.argv[1:] = [re.sub(r"^\+(experiment=)", r"\1", argument) for argument in sys.argv[1:]]
     # Hydra prints its own paragraphs unless it is told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -50,6 +53,20 @@ class _user_errors(ContextDecorator):
         if message is not None and not wants_traceback():
             print(f"selfaug: {message}", file=sys.stderr)
             sys.exit(1)
+
+
+def quieten() -> None:
+    """Silence what libraries say that is no news to the user; their warnings about his run stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "`is_gradient_checkpointing` is deprecated",  # peft 0.21 under transformers 5
+        "Experiment logs directory",  # the run directory is meant to be found again
+        "`isinstance\\(treespec, LeafSpec\\)`",  # Lightning 2.6 under torch 2.13
+        "The 'train_dataloader' does not have many workers",
+        "The 'val_dataloader' does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def wants_traceback() -> bool:
@@ -86,7 +103,8 @@ def _hydra_sentence(error: BaseException) -> str:
         return f"{missing[1]} is not set and has no default: add {missing[1]}=... to the command."
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if missing := re.search(r"Could not override '([^']+)'", text):
-        key = missing[1]
+        full = re.search(r"full_key: ([\w.]+)", text)
+        key = full[1] if full else missing[1]
         return f"There is no setting {key}{_nearest(key)}; to add it all the same write +{key}=..."
     if missing := re.search(r"In '[^']+': Could not find '([^']+)'|Could not find '([^']+)'", text):
         group, _, choice = (missing[1] or missing[2]).rpartition("/")

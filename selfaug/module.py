@@ -4,6 +4,7 @@ Optimisation is manual because the means of the loss run over all tokens of the 
 its micro-batches are, and because their number differs from step to step and is no constant of the trainer.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class SelfAugModule(L.LightningModule):
             seed,
             shard,
         )
+        self.step_seconds = 0.0
         self.step_tokens = 0  # of the last optimiser step, over all processes, without padding
         self._sums: Tensor | None = None  # of the validation: [2, parts], nats and rows
 
@@ -86,6 +88,7 @@ class SelfAugModule(L.LightningModule):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, step: Step, _: int) -> None:
+        started = time.perf_counter()
         torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         decoder = Decoder(self.model)
@@ -107,7 +110,8 @@ class SelfAugModule(L.LightningModule):
         optimizer.zero_grad()
         scheduler.step()
         tokens = sum(batch.attention_mask.sum() for batch in step.micro_batches if batch.ids)  # silent ones have no ids
-        self._log_step(sums, totals, learning_rate, self._over_processes(torch.as_tensor(tokens, device=self.device)))
+        tokens = self._over_processes(torch.as_tensor(tokens, device=self.device))
+        self._log_step(sums, totals, learning_rate, tokens, started)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         # Data-parallel training averages the gradients over the processes; our sums are already over all of them.
@@ -123,15 +127,16 @@ class SelfAugModule(L.LightningModule):
             return value
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
-    def _log_step(self, sums: Tensor, totals: Tensor, learning_rate: float, tokens: Tensor) -> None:
+    def _log_step(self, sums: Tensor, totals: Tensor, learning_rate: float, tokens: Tensor, started: float) -> None:
         values = {"train/loss": float(sums[0]), "train/lr": learning_rate, "train/tokens": int(tokens)}
+        self.step_tokens, self.step_seconds = int(tokens), time.perf_counter() - started
+        values["speed/tokens_per_s"] = self.step_tokens / self.step_seconds
         for i, name in enumerate(self.objective.names):
             values[f"train/{name}"] = float(sums[1 + i])
             values[f"train/rows_{name}"] = int(totals[i])
         for name, term in self.objective.terms.items():
             values["train/alpha" if len(self.objective.terms) == 1 else f"train/alpha_{name}"] = term.alpha
         self.write_metrics(values)
-        self.step_tokens = int(tokens)
         self.log_dict({name: values[f"train/{name}"] for name in self.objective.names}, prog_bar=True, logger=False)
 
     def write_metrics(self, values: dict[str, float]) -> None:

@@ -181,7 +181,8 @@ def test_wrong_use_is_refused():
         count_rows(mask, labels, position="x")
     with pytest.raises(UserError, match="no adapters"):
         selfaug_loss(tiny_model(), ids, mask, labels)
-    model.get_base_model().model.norm.weight.requires_grad_(True)  # checked on every call, not on the first alone
+    selfaug_loss(model, ids, mask, labels)  # a good call: what follows is checked on every call, not on the first alone
+    model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(UserError, match="train outside the adapters"):
         selfaug_loss(model, ids, mask, labels)
 

@@ -127,24 +127,27 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> TokenBatch:
 
 
 class StepLoader(DataLoader):
-    """A DataLoader of Steps that knows how far it has come, so that a checkpoint can resume within an epoch.
-
-    Lightning saves and restores `state_dict` with its loops.
-    """
+    """A DataLoader of Steps that knows how far it has come, so that a checkpoint can resume within an epoch."""
 
     def __init__(self, dataset: StepDataset, sampler: StepSampler, **arguments: Any):
         # batch_size=None: what the sampler yields is one whole item.
         super().__init__(dataset, sampler=sampler, batch_size=None, **arguments)
-        self._steps = 0
+        self.steps_done = 0  # in the current epoch
+
+    def skip(self, steps: int) -> None:
+        """Begin the next iteration after so many steps; a whole epoch's worth means at its start."""
+        self.sampler.first_step = steps % len(self.sampler)  # type: ignore[attr-defined, arg-type]
 
     def __iter__(self) -> Iterator[Step]:
-        self._steps = self.sampler.first_step  # type: ignore[attr-defined]
+        self.steps_done = self.sampler.first_step  # type: ignore[attr-defined]
         for step in super().__iter__():
-            self._steps += 1
+            self.steps_done += 1
             yield step
 
+    # Lightning asks for these two before it trusts a loader to resume, but in 2.6 it never calls the second one where
+    # the schedule has asked for the number of steps: the data module's state does the work (datamodule.py).
     def state_dict(self) -> dict[str, int]:
-        return {"steps": self._steps}
+        return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.first_step = state["steps"] % len(self.sampler)  # type: ignore[attr-defined, arg-type]
+        self.skip(state["steps_done"])

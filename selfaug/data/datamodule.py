@@ -54,6 +54,8 @@ class RagDataModule(L.LightningDataModule):
         self.num_workers, self.seed, self.progress = num_workers, seed, progress
         self.cache = cache or cache_dir()
         self._data: TokenisedData | None = None
+        self._train_loader: StepLoader | None = None
+        self._steps_done = 0  # in the current epoch, when a run resumes
 
     @property
     def data(self) -> TokenisedData:
@@ -71,7 +73,19 @@ class RagDataModule(L.LightningDataModule):
         return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
     def train_dataloader(self) -> StepLoader:
-        return self._loader("train", self.batch_size, shuffle=True)
+        self._train_loader = self._loader("train", self.batch_size, shuffle=True)
+        self._train_loader.skip(self._steps_done)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the current epoch has come; Lightning puts it into checkpoints."""
+        return {"steps_done": self._train_loader.steps_done if self._train_loader else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on within the epoch. The loader may exist already, or be made later."""
+        self._steps_done = state["steps_done"]
+        if self._train_loader is not None:
+            self._train_loader.skip(self._steps_done)
 
     def val_dataloader(self) -> StepLoader | list:
         return self._loader("val", self.micro_batch_size * self._world, shuffle=False) if len(self.rows("val")) else []

@@ -125,7 +125,7 @@ def devices(config: DictConfig) -> int:
 
 
 def trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Any], root: str) -> L.Trainer:
-    """The Lightning trainer; every other key of `trainer` goes to it as it is."""
+    """The Lightning trainer; every other key of `trainer` goes to it as it is. Our own callback saves checkpoints."""
     node = OmegaConf.to_container(config.trainer, resolve=True)
     assert isinstance(node, dict)
     node["precision"] = precision(config).name
@@ -134,5 +134,6 @@ def trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequen
         node["strategy"] = make(config.trainer.strategy, "trainer")
     return call(
         L.Trainer, "trainer", callbacks=list(callbacks), logger=list(loggers), default_root_dir=root,
-        enable_progress_bar=config.progress, use_distributed_sampler=False, enable_model_summary=False, **node,
+        enable_progress_bar=config.progress, use_distributed_sampler=False, enable_model_summary=False,
+        enable_checkpointing=False, **node,
     )  # fmt: skip

@@ -31,7 +31,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule) -> None:
     throughput = Throughput()
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
     loggers = build_loggers(config, run.path)
-    trainer = build.trainer(config, [saving, throughput], loggers, str(run.path))
+    trainer = build.trainer(config, [throughput, saving], loggers, str(run.path))
     checkpoint = _resume_from(config, run)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from selfaug.cli import sentence
+from selfaug.cli import quieten, sentence
 from selfaug.run import build
 from selfaug.run.fit import fit
 from selfaug.run.identity import RunDirectory, register_resolvers
@@ -16,6 +16,7 @@ from selfaug.run.identity import RunDirectory, register_resolvers
 def main() -> None:
     """Train as the process that the environment says; the configuration is the run directory's."""
     register_resolvers()
+    quieten()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.ERROR, format="%(message)s")
     run = RunDirectory(sys.argv[1])
     config = OmegaConf.load(run.path / "config.yaml")

@@ -52,7 +52,7 @@ def test_equals_plain_loop_in_order(family):
     model = tiny_model(family, vocab_size=TOKENIZER_VOCAB)
     expected = [plain_greedy(model, prompt, [2]) for prompt in prompts()]
     wanted = [" ".join(map(str, tokens if tokens[-1] != 2 else tokens[:-1])) for tokens in expected]
-    assert len(set(wanted)) > 4  # else the order would not be tested
+    assert len(set(wanted)) > 3  # else the order would not be tested
     for tokens_per_batch in (1, 90, 16384):
         answers = generate(
             model, Numbers(), prompts(), max_new_tokens=NEW, tokens_per_batch=tokens_per_batch, progress=False

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model, inject_adapter_in_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder, verify_decoder
-from tests.tiny import FAMILIES, lora_config, random_batch, randomise_b, tiny_lora, tiny_model
+from tests.tiny import FAMILIES, VOCAB, lora_config, random_batch, randomise_b, tiny_lora, tiny_model
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -85,7 +86,10 @@ def test_verify_accepts_every_family_under_autocast(family):
 @each_family
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_hidden_state(family, side):
-    model = tiny_model(family)
+    assert_padding_changes_nothing(tiny_model(family), side)
+
+
+def assert_padding_changes_nothing(model, side):
     lengths = (9, 14, 6)
     ids, mask, _ = random_batch(lengths, (3, 3, 3), side=side)
     decoder = Decoder(model)
@@ -96,6 +100,18 @@ def test_padding_changes_no_hidden_state(family, side):
             expected = decoder.hidden(alone, torch.ones_like(alone))[0]
             assert len(expected) == length
             torch.testing.assert_close(padded[row, mask[row].bool()], expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_hidden_state_with_absolute_positions(side):
+    """Rotary positions are relative and forgive a shift; learned ones do not: positions must not count padding."""
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    model = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight)
+    verify_decoder(model)
+    assert_padding_changes_nothing(model, side)
 
 
 def test_a_mask_of_another_type_is_taken():
