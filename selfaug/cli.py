@@ -31,7 +31,9 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """
     register_resolvers()
     quieten()
-    sys.argv[1:] = [re.sub(r"^\+(experiment=)", r"\1", argument) for argument in sys.argv[1:]]
+    arguments = [re.sub(r"^\+(experiment=)", r"\1", argument) for argument in sys.argv[1:]]
+    # Hydra's parser wants its flags before the first override; people write them anywhere.
+    sys.argv[1:] = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
     # Hydra prints its own paragraphs unless it is told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -15,7 +15,6 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
 
 from selfaug import cli
 from selfaug.run.identity import RunDirectory
@@ -31,6 +30,7 @@ def train(config: DictConfig, directory: str) -> Any:
     from selfaug.run import build
     from selfaug.run.fit import fit
     from selfaug.run.launch import inside_launcher, launch_workers
+    from selfaug.run.loggers import log_results, run_loggers
     from selfaug.run.score import score
 
     run = RunDirectory(directory)
@@ -46,16 +46,18 @@ def train(config: DictConfig, directory: str) -> Any:
     if run.finished:
         log.info("this run is finished: %s (force=true does it again)", run.path)
         return read_results(run.results)
-    if not run.fitted:
-        processes = build.devices(config)
-        if processes > 1 and not inside_launcher():
-            launch_workers(run.path, processes)
-        else:
-            fit(config, run, data)
-    if int(os.environ.get("RANK", "0")) == 0:
+    processes = build.devices(config)
+    if not run.fitted and processes > 1 and not inside_launcher():
+        launch_workers(run.path, processes)
+    with run_loggers(config, run.path, training=not run.fitted) as loggers:
+        if not run.fitted:
+            fit(config, run, data, loggers)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return None  # the first process scores
         write_results(run.results, score(config, run, data))
-        return read_results(run.results)
-    return None
+        results = read_results(run.results)
+        log_results(loggers, results)
+    return results
 
 
 def _task(config: DictConfig) -> None:
@@ -70,6 +72,7 @@ def _task(config: DictConfig) -> None:
 
 def _sweep_job(config: DictConfig, directory: str) -> None:
     """A job that fails is recorded and does not take the others down."""
+    number = HydraConfig.get().job.num
     try:
         train(config, directory)
     except Exception as error:
@@ -78,19 +81,19 @@ def _sweep_job(config: DictConfig, directory: str) -> None:
             message = f"{type(error).__name__}: {error}"
             log.error(traceback.format_exc())
         log.error("this run failed: %s", message)
-        record_job(directory, config.run_name, error=message)
+        record_job(directory, config.run_name, number, error=message)
     else:
-        record_job(directory, config.run_name)
+        record_job(directory, config.run_name, number)
 
 
 def _show(results: Any, directory: str) -> None:
-    from selfaug.reporting.table import results_table, samples_panel
+    from selfaug.reporting.table import console, results_table, samples_panel
 
-    console = Console()
-    console.print(results_table(results))
+    page = console()
+    page.print(results_table(results))
     if results.samples:
-        console.print(samples_panel(results))
-    console.print(f"Adapter, metrics and results.json: {directory}", soft_wrap=True, highlight=False)
+        page.print(samples_panel(results))
+    page.print(f"Adapter, metrics and results.json: {directory}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:

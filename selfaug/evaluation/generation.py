@@ -64,6 +64,7 @@ def generate(
         torch.inference_mode(),
         evaluating(model),
         _settings(inner, settings),
+        _contiguous_head(inner),
         tqdm(total=len(prompts), desc=description, unit=" answers", disable=not progress) as bar,
     ):
         for indices in length_batches(lengths, tokens_per_batch, extra=max_new_tokens):
@@ -129,6 +130,21 @@ def _settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def _contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Hand the head a copy of its input: transformers gives it the last position as a view with gaps, for which torch
+    on the CPU copies the whole head once per sequence (in bfloat16 5 s per batch of 16 instead of 0.01 s)."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _text(tokenizer: Any, tokens: list[int], stops: list[int]) -> str:

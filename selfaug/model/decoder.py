@@ -107,12 +107,10 @@ def verify_decoder(model: nn.Module, tolerance: float = 1e-3) -> None:
             module.training = True
     head_dtype = decoder.head.arguments()["weight"].dtype
     ours = decoder.head.logits(hidden.to(head_dtype)).float()
-    if theirs.shape != ours.shape or not torch.allclose(
-        ours,
-        theirs,
-        rtol=0,
-        atol=tolerance * max(theirs.abs().max().item(), 1.0) * (16 if head_dtype.itemsize < 4 else 1),
-    ):
+    # In low precision transformers rounds after each step of the head, selfaug only after the product.
+    low = head_dtype.itemsize < 4 or torch.is_autocast_enabled(device.type)
+    allowed = tolerance * (16 if low else 1) * max(theirs.abs().max().item(), 1.0)
+    if theirs.shape != ours.shape or not torch.allclose(ours, theirs, rtol=0, atol=allowed):
         raise UserError(
             f"{type(inner).__name__} turns hidden states into logits in a way selfaug does not know: "
             "set model.name to another family, or teach selfaug/model/decoder.py this one."

@@ -194,7 +194,8 @@ def _divergence_rows(
     torch.softmax(tuned, -1, out=tuned)
     torch.softmax(base, -1, out=base)
     # After softmax the largest entry is exp(top - logsumexp): the log-normaliser without another pass of exp.
-    c = (base_top - base.amax(-1).log()) - (tuned_top - tuned.amax(-1).log())
+    # The tops are large and nearly equal, so their difference is taken first.
+    c = (base_top - tuned_top) - (base.amax(-1).log() - tuned.amax(-1).log())
     if divergence == "kl_base_tuned":
         if needs_gradient:
             tuned.sub_(base)

@@ -6,6 +6,7 @@ Text of users and models goes into rich as `Text`, never as markup: an answer su
 
 import json
 import math
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -91,6 +93,11 @@ def _interval(metric: Metric | None, part: str) -> Interval | None:
         return value
     mean, low, high = (math.nan if value.get(key) is None else float(value[key]) for key in ("mean", "low", "high"))
     return Interval(mean, low, high, n=int(value.get("n") or 0))
+
+
+def console() -> Console:
+    """The terminal, or, where the output goes to a file, a page wide enough for every table."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
 
 
 def results_table(results: Results) -> Table:
@@ -285,7 +292,8 @@ def _over_seeds(intervals: Iterable[Interval | None]) -> Interval | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What differs between runs
 
-_IGNORED_GROUPS = frozenset({"paths", "logger", "hydra"})
+# `alignment` only feeds method.terms, where it is named once more.
+_IGNORED_GROUPS = frozenset({"alignment", "callbacks", "force", "hydra", "logger", "paths", "progress"})
 _IGNORED_NAMES = frozenset({"seed", "run_name", "tags", "notes", "resume", "ckpt_path", "dirpath"})
 # Only at the top: a nested `name` (of a model, of a data set) is often the setting that differs.
 _IGNORED_AT_TOP = frozenset({"name", "task_name", "group", "output"})

@@ -4,10 +4,12 @@ import logging
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
@@ -18,19 +20,17 @@ from selfaug.errors import UserError
 from selfaug.module import SelfAugModule
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, write_json
-from selfaug.run.loggers import build_loggers
 
 log = logging.getLogger(__name__)
 
 SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports for a process ended by SIGTERM
 
 
-def fit(config: DictConfig, run: RunDirectory, data: RagDataModule) -> None:
+def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Sequence[Logger]) -> None:
     """Train in this process (as one of the processes, where there are several), then save the adapter."""
     module = build.module(config)
     throughput = Throughput()
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
-    loggers = build_loggers(config, run.path)
     trainer = build.trainer(config, [throughput, saving], loggers, str(run.path))
     checkpoint = _resume_from(config, run)
     if checkpoint is not None:

@@ -2,6 +2,8 @@
 
 import netrc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,54 @@ from omegaconf import DictConfig, OmegaConf
 
 from selfaug.callbacks.metrics_file import MetricsFile
 from selfaug.errors import UserError
-from selfaug.reporting.results import mask_secrets
+from selfaug.reporting.results import Results, mask_secrets
 from selfaug.run.identity import config_hash
 from selfaug.run.sweep import SWEEP_VARIABLE
 
 
-def build_loggers(config: DictConfig, directory: Path) -> list[Logger]:
-    """The loggers of a run: MetricsFile and those of config.logger (name to settings).
+@contextmanager
+def run_loggers(config: DictConfig, directory: Path, training: bool = True) -> Iterator[list[Logger]]:
+    """The loggers of a run, closed at the end: those of config.logger (name to settings) and, while training,
+    MetricsFile.
 
     Raises UserError for an unknown logger or one whose package is missing.
     """
-    loggers: list[Logger] = [MetricsFile(directory)]
+    loggers: list[Logger] = [MetricsFile(directory)] if training else []
+    try:
+        _add_chosen(loggers, config, directory)
+        yield loggers
+    finally:
+        for logger in loggers:
+            logger.finalize("success")
+            if isinstance(logger, WandbLogger):
+                # Otherwise the next job of a sweep in this process would write into the same W&B run.
+                logger.experiment.finish()
+
+
+def log_results(loggers: list[Logger], results: Results) -> None:
+    """The scores of a run, as task/... and drift/..., and as the summary of its W&B run."""
+    for logger in loggers:
+        if isinstance(logger, MetricsFile):
+            continue  # its rows are steps; the scores are in results.json
+        logger.log_metrics(scalars(results))
+        if isinstance(logger, WandbLogger):
+            columns = ["id", "question", "base", "tuned"]
+            logger.log_text("samples", columns, [[str(row[key]) for key in columns] for row in results.samples])
+
+
+def scalars(results: Results) -> dict[str, float]:
+    """task/exact_match, task/exact_match_base, drift/wikipedia/kl_base_tuned ...: the means of results.json."""
+    groups = {"task": results.task, **{f"drift/{name}": metrics for name, metrics in results.drift.items()}}
+    values: dict[str, float] = {}
+    for group, metrics in groups.items():
+        for name, metric in metrics.items():
+            for part, interval in metric.items():
+                if interval is not None and interval["mean"] is not None:
+                    values[f"{group}/{name}" + ("" if part == "tuned" else f"_{part}")] = interval["mean"]
+    return values
+
+
+def _add_chosen(loggers: list[Logger], config: DictConfig, directory: Path) -> None:
     for name, settings in (config.logger or {}).items():
         arguments = dict(OmegaConf.to_container(settings, resolve=True)) if settings else {}
         try:
@@ -32,7 +71,6 @@ def build_loggers(config: DictConfig, directory: Path) -> list[Logger]:
                 raise UserError(f"logger.{name} is unknown: set logger to csv, wandb or tensorboard.")
         except ModuleNotFoundError as error:
             raise UserError(f"logger={name} needs a package that is missing: pip install 'selfaug[{name}]'.") from error
-    return loggers
 
 
 def _wandb(config: DictConfig, directory: Path, arguments: dict[str, Any]) -> WandbLogger:

@@ -39,27 +39,29 @@ class SweepSummary(Callback):
             sys.exit(1)
 
 
-def record_job(run_directory: str, name: str, error: str | None = None) -> None:
-    """Called by each job when it ends."""
+def record_job(run_directory: str, name: str, number: int, error: str | None = None) -> None:
+    """Called by each job when it ends; `number` is its place in the sweep."""
     directory = Path(os.environ[_DIRECTORY_VARIABLE])
-    write_json(directory / "jobs" / f"{name}.json", {"name": name, "directory": str(run_directory), "error": error})
+    write_json(
+        directory / "jobs" / f"{name}.json",
+        {"number": number, "name": name, "directory": str(run_directory), "error": error},
+    )
 
 
 def summarise(directory: Path) -> bool:
     """Print the sweep's table and write it to table.md; False where a job failed."""
-    from rich.console import Console
-
     from selfaug.reporting.results import read_results
-    from selfaug.reporting.table import as_markdown, comparison_table
+    from selfaug.reporting.table import as_markdown, comparison_table, console
 
-    jobs = [json.loads(path.read_text()) for path in sorted((directory / "jobs").glob("*.json"))]
+    jobs = [json.loads(path.read_text()) for path in (directory / "jobs").glob("*.json")]
+    jobs.sort(key=lambda job: job["number"])
     failed = [job for job in jobs if job["error"]]
     results = [read_results(Path(job["directory"]) / "results.json") for job in jobs if not job["error"]]
-    console = Console()
+    page = console()
     if results:
-        console.print(comparison_table(results))
+        page.print(comparison_table(results))
         write_text(directory / "table.md", as_markdown(results))
-        console.print(f"Table: {directory / 'table.md'}", soft_wrap=True, highlight=False)
+        page.print(f"Table: {directory / 'table.md'}", soft_wrap=True, highlight=False)
     for job in failed:
         print(f"selfaug: {job['name']} failed: {job['error']}", file=sys.stderr)
     return not failed and bool(jobs)

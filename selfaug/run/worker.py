@@ -11,6 +11,7 @@ from selfaug.cli import quieten, sentence
 from selfaug.run import build
 from selfaug.run.fit import fit
 from selfaug.run.identity import RunDirectory, register_resolvers
+from selfaug.run.loggers import run_loggers
 
 
 def main() -> None:
@@ -21,7 +22,8 @@ def main() -> None:
     run = RunDirectory(sys.argv[1])
     config = OmegaConf.load(run.path / "config.yaml")
     try:
-        fit(config, run, build.data(config))
+        with run_loggers(config, run.path) as loggers:
+            fit(config, run, build.data(config), loggers)
     except Exception as error:
         message = sentence(error)
         if message is None:

@@ -99,6 +99,7 @@ def test_settings_and_mode_come_back_after_an_error(tokenizer):
     with pytest.raises(IndexError):
         generate(model, tokenizer, [[TOKENIZER_VOCAB + 5]], max_new_tokens=2, progress=False)
     assert model.get_base_model().generation_config is own
+    assert not model.get_base_model().get_output_embeddings()._forward_pre_hooks
     assert model.training
 
 
