@@ -78,7 +78,7 @@ class SelfAugModule(L.LightningModule):
         )
         self.step_seconds = 0.0
         self.step_tokens = 0  # of the last optimiser step, over all processes, without padding
-        self._sums: Tensor | None = None  # of the validation: [2, parts], nats and rows
+        self._sums = torch.zeros(2, 1)  # of the validation: [2, parts], nats and rows
 
     def configure_model(self) -> None:
         if self._shard is not None:
@@ -90,9 +90,10 @@ class SelfAugModule(L.LightningModule):
     def training_step(self, step: Step, _: int) -> None:
         started = time.perf_counter()
         torch.manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
         decoder = Decoder(self.model)
-        totals = self._over_processes(sum(self.objective.count(batch) for batch in step.micro_batches))
+        totals = self._over_processes(torch.stack([self.objective.count(b) for b in step.micro_batches]).sum(0))
 
         sums = torch.zeros(len(self.objective.names) + 1, device=self.device)
         for i, batch in enumerate(step.micro_batches):
@@ -168,11 +169,15 @@ class SelfAugModule(L.LightningModule):
 
     # ---- optimiser and checkpoints -----------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         config = self.optimizer_config
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
+            trainable,
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
         )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_ratio * steps), steps)

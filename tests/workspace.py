@@ -36,14 +36,14 @@ class Workspace:
             "model=local", "model.name=model", "data=jsonl", "data.path=data.jsonl", "data.source.test_share=0.3",
             "data.batch_size=4", "data.micro_batch_size=2", "data.prompt.max_tokens=256", "adapter.r=4",
             f"{corpora}.wikipedia={{kind: text, asset: null, path: texts.jsonl, limit: 4, max_tokens: 64}}",
-            f"{corpora}.instructions={{kind: dialogue, asset: null, path: dialogues.jsonl, limit: 4, max_tokens: 64}}",
+            f"{corpora}.dialogues={{kind: dialogue, asset: null, path: dialogues.jsonl, limit: 4, max_tokens: 64}}",
             "evaluation.rag.limit=4", "evaluation.rag.max_new_tokens=4", "progress=false",
         ]  # fmt: skip
 
     def environment(self, **variables: str) -> dict[str, str]:
         return {
-            **os.environ, "SELFAUG_RUNS": str(self.runs), "SELFAUG_CACHE": str(self.path / "cache"), "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", **variables,
+            **os.environ, "SELFAUG_RUNS": str(self.runs), "SELFAUG_CACHE": str(self.path / "cache"),
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables,
         }  # fmt: skip
 
     def command(self, *overrides: str) -> list[str]:

@@ -138,7 +138,7 @@ class StepLoader(DataLoader):
         """Begin the next iteration after so many steps; a whole epoch's worth means at its start."""
         self.sampler.first_step = steps % len(self.sampler)  # type: ignore[attr-defined, arg-type]
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[Step]:  # type: ignore[override]
         self.steps_done = self.sampler.first_step  # type: ignore[attr-defined]
         for step in super().__iter__():
             self.steps_done += 1

@@ -106,5 +106,5 @@ class RagDataModule(L.LightningDataModule):
             world=self._world,
         )
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        pinned = bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda"
+        pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return StepLoader(StepDataset(rows, pad_id), sampler, num_workers=self.num_workers, pin_memory=pinned)

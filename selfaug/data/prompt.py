@@ -99,7 +99,8 @@ class PromptBuilder:
         template = config.chat_template or tokenizer.chat_template
         if not template:
             raise UserError(
-                "The model has no chat template: set data.prompt.chat_template to one, or model.name to an instruct model."
+                "The model has no chat template: set data.prompt.chat_template to one, or model.name to an instruct "
+                "model."
             )
         self._template = template
         self._before, self._after, self._end_ids = self._render_template()

@@ -119,9 +119,9 @@ def _report(data: TokenisedData) -> None:
     for split, stats in data.stats.items():
         if stats["examples_truncated"] or stats["dropped_examples"]:
             log.warning(
-                "%s: %d of %d examples had documents cut to fit data.prompt.max_tokens (%d documents dropped, %d of them "
-                "gold, %d shortened, %d tokens in all); %d examples were dropped because question and response alone do "
-                "not fit",
+                "%s: %d of %d examples had documents cut to fit data.prompt.max_tokens (%d documents dropped, %d of "
+                "them gold, %d shortened, %d tokens in all); %d examples were dropped because question and response "
+                "alone do not fit",
                 split, stats["examples_truncated"], stats["examples"], stats["documents_dropped"],
                 stats["gold_documents_dropped"], stats["documents_cut"], stats["document_tokens_cut"],
                 stats["dropped_examples"],

@@ -66,8 +66,8 @@ class CorpusConfig:
 
 def _packaged() -> dict[str, CorpusConfig]:
     return {
-        "wikipedia": CorpusConfig("text", asset="wikipedia-articles", limit=20),
-        "instructions": CorpusConfig("dialogue", asset="alpaca-sample", limit=60),
+        "wikipedia": CorpusConfig("text", asset="wikipedia-articles", limit=10, max_tokens=384),
+        "dialogues": CorpusConfig("dialogue", asset="alpaca-sample", limit=24, max_tokens=384),
     }
 
 
@@ -80,7 +80,7 @@ class DriftConfig:
     """
 
     corpora: Mapping[str, Any] = field(default_factory=_packaged)
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int = 4096
     seed: int = 0
     chat_template: str | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -56,7 +56,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module):
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         if head is None or not hasattr(inner, "base_model"):
             raise UserError(
@@ -64,14 +64,14 @@ class Decoder:
             )
         if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise UserError(
-                "An adapter sits on the output head, which the base model and the tuned model must share: take the head "
-                "(lm_head) and tied embeddings out of adapter.target_modules, modules_to_save and trainable_token_indices."
+                "An adapter sits on the output head, which base and tuned model must share: take the head (lm_head) "
+                "and tied embeddings out of adapter.target_modules, modules_to_save and trainable_token_indices."
             )
         config = inner.config.get_text_config(decoder=True)
         scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
         self.model = model
-        self.body = inner.base_model
+        self.body: nn.Module = inner.base_model
         self.head = Head(head, scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 caps
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def verify_decoder(model: nn.Module, tolerance: float = 1e-3) -> None:
     `tolerance` is relative to the largest logit: the two take the same products in another order.
     """
     decoder = Decoder(model)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(decoder.body.parameters()).device
     vocabulary = decoder.head.arguments()["weight"].shape[0]
     ids = torch.arange(3, 11, device=device).remainder(vocabulary).unsqueeze(0)

@@ -33,15 +33,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     training = [m for m in model.modules() if m.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for module in enabled:
-            module.enable_adapters(False)
+        for wrapper in enabled:
+            wrapper.enable_adapters(False)
         for module in training:
             module.training = False
         with torch.no_grad():
             yield
     finally:
-        for module in enabled:
-            module.enable_adapters(True)
+        for wrapper in enabled:
+            wrapper.enable_adapters(True)
         for module in training:
             module.training = True
         # enable_adapters(True) makes every active adapter trainable: give each parameter its own flag back.
@@ -69,18 +69,17 @@ def check_reference(model: nn.Module) -> None:
             )
     if not layers:
         raise UserError(
-            "The model has no adapters that could be switched off for the reference: set adapter=lora, or wrap the model "
-            "with peft.get_peft_model."
+            "The model has no adapters that could be switched off for the reference: set adapter=lora, or wrap the "
+            "model with peft.get_peft_model."
         )
     if any(layer.merged for layer in layers):
         raise UserError("The adapters are merged into the base weights: call unmerge_adapter() before training.")
-    inside = {id(p) for layer in layers for p in _adapter_parameters(layer)}
-    inside |= {
+    inside = {
         id(p)
-        for wrapper in model.modules()
-        if isinstance(wrapper, AuxiliaryTrainingWrapper)
-        for name, p in wrapper.named_parameters()
-        if not name.startswith("original_module.")
+        for module in model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for name, p in module.named_parameters()
+        if not name.startswith(("base_layer.", "original_module."))
     }
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
     if outside:
@@ -89,7 +88,3 @@ def check_reference(model: nn.Module) -> None:
             f"These weights train outside the adapters, so switching the adapters off no longer gives the base model: "
             f"{shown}; freeze them (adapter.bias=none, requires_grad_(False))."
         )
-
-
-def _adapter_parameters(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
-    return (p for name, p in layer.named_parameters() if not name.startswith("base_layer."))

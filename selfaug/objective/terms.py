@@ -18,7 +18,10 @@ from selfaug.ops import Divergence, linear_kl
 class Term(Protocol):
     """alpha * (sum of the penalty over its rows) / (number of its rows in the whole optimiser step)."""
 
-    alpha: float
+    @property
+    def alpha(self) -> float:
+        """Its weight in the loss."""
+        ...
 
     def rows(self, roles: Tensor) -> Tensor:
         """[B, T] bool: the rows it is taken over."""

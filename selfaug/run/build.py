@@ -20,6 +20,12 @@ from selfaug.module import OptimizerConfig, SelfAugModule
 from selfaug.objective import Objective
 
 
+def plain(node: Any) -> dict[str, Any]:
+    """A node of the configuration as a dictionary, interpolations resolved."""
+    content: Any = OmegaConf.to_container(node, resolve=True)
+    return content
+
+
 def make(node: Any, where: str) -> Any:
     """hydra.utils.instantiate with errors that name the setting."""
     try:
@@ -72,8 +78,7 @@ def _has_bf16() -> bool:
 def data(config: DictConfig) -> RagDataModule:
     """The data module; nothing is read or tokenised before its first use."""
     tokenizer = load_tokenizer(config.model.name, config.model.revision)
-    node = OmegaConf.to_container(config.data, resolve=True)
-    assert isinstance(node, dict)
+    node = plain(config.data)
     prompt = call(PromptConfig, "data/prompt", **node.pop("prompt"))
     source = make(node.pop("source"), "data")
     for shorthand in ("name", "path", "context_tokens"):  # they only feed the source
@@ -104,7 +109,7 @@ def module(config: DictConfig) -> SelfAugModule:
     """Base model, fresh adapter and objective. The adapter's initial weights depend on the seed alone."""
     L.seed_everything(config.seed, verbose=False)
     goal = objective(config)  # first: a wrong alpha should not have to wait for the model
-    optimizer = call(OptimizerConfig, "optimizer", **OmegaConf.to_container(config.optimizer, resolve=True))
+    optimizer = call(OptimizerConfig, "optimizer", **plain(config.optimizer))
     model = add_adapter(base_model(config), make(config.adapter, "adapter"))
     with precision(config).autocast("cpu"):  # where the model still is
         verify_decoder(model)
@@ -126,8 +131,7 @@ def devices(config: DictConfig) -> int:
 
 def trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Any], root: str) -> L.Trainer:
     """The Lightning trainer; every other key of `trainer` goes to it as it is. Our own callback saves checkpoints."""
-    node = OmegaConf.to_container(config.trainer, resolve=True)
-    assert isinstance(node, dict)
+    node = plain(config.trainer)
     node["precision"] = precision(config).name
     node["devices"] = devices(config)
     if isinstance(node.get("strategy"), dict):

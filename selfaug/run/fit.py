@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
+from torch.distributed.tensor import DTensor
 
 from selfaug.callbacks.saving import SaveCheckpoints, newest_checkpoint
 from selfaug.callbacks.throughput import Throughput
@@ -69,13 +70,14 @@ def save_adapter(module: SelfAugModule, directory: Path) -> None:
     for name, parameter in module.model.named_parameters():
         if name in trainable:
             # Sharded parameters are gathered, which all processes take part in.
-            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            full: Any = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             state[name] = full.detach().cpu().clone()
     if not module.trainer.is_global_zero:
         return
     work = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    module.model.save_pretrained(str(work), safe_serialization=True, state_dict=state)
+    model: Any = module.model
+    model.save_pretrained(str(work), safe_serialization=True, state_dict=state)
     (work / "README.md").unlink(missing_ok=True)  # peft's empty model card
     shutil.rmtree(directory, ignore_errors=True)
     work.rename(directory)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from selfaug.errors import UserError
 
@@ -25,15 +25,16 @@ IRRELEVANT = frozenset(
 _IRRELEVANT_DATA = frozenset({"num_workers"})
 
 
-def config_hash(config: DictConfig | ListConfig) -> str:
+def config_hash(config: DictConfig) -> str:
     """Ten hex digits that change whenever something that changes the result does."""
     # Key by key, because `run_name` and `hydra` refer back to this very hash.
-    relevant = {
+    relevant: dict[str, Any] = {
         str(key): OmegaConf.to_container(config[key], resolve=True) if OmegaConf.is_config(config[key]) else config[key]
         for key in config
         if key not in IRRELEVANT
     }
-    relevant["data"] = {k: v for k, v in (relevant.get("data") or {}).items() if k not in _IRRELEVANT_DATA}
+    data: Any = relevant.get("data") or {}
+    relevant["data"] = {k: v for k, v in data.items() if k not in _IRRELEVANT_DATA}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 

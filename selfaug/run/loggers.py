@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from selfaug.callbacks.metrics_file import MetricsFile
 from selfaug.errors import UserError
 from selfaug.reporting.results import Results, mask_secrets
+from selfaug.run.build import plain
 from selfaug.run.identity import config_hash
 from selfaug.run.sweep import SWEEP_VARIABLE
 
@@ -61,7 +62,7 @@ def scalars(results: Results) -> dict[str, float]:
 
 def _add_chosen(loggers: list[Logger], config: DictConfig, directory: Path) -> None:
     for name, settings in (config.logger or {}).items():
-        arguments = dict(OmegaConf.to_container(settings, resolve=True)) if settings else {}
+        arguments = plain(settings) if settings else {}
         try:
             if name == "wandb":
                 loggers.append(_wandb(config, directory, arguments))
@@ -90,7 +91,7 @@ def _wandb(config: DictConfig, directory: Path, arguments: dict[str, Any]) -> Wa
         job_type="train",
         **arguments,
     )
-    logger.experiment.config.update(mask_secrets(OmegaConf.to_container(config, resolve=True)), allow_val_change=True)
+    logger.experiment.config.update(mask_secrets(plain(config)), allow_val_change=True)
     return logger
 
 

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from selfaug.data.datamodule import RagDataModule
 from selfaug.errors import UserError
@@ -41,13 +41,13 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
         with adapters_off(model):
             base = answer_questions(model, data.tokenizer, rows, description="answering: base", **answering)
         tuned = answer_questions(model, data.tokenizer, rows, description="answering: tuned", **answering)
-        drift_config = build.call(DriftConfig, "evaluation/drift", **OmegaConf.to_container(wanted.drift, resolve=True))
+        drift_config = build.call(DriftConfig, "evaluation/drift", **build.plain(wanted.drift))
         drift = measure_drift(model, data.tokenizer, drift_config, progress=config.progress)
     seconds = time.perf_counter() - started
     fitted = run.read_fit()
     return Results(
         name=config.run_name,
-        config=OmegaConf.to_container(config, resolve=True),  # type: ignore[arg-type]
+        config=build.plain(config),
         config_hash=config_hash(config),
         seed=config.seed,
         code=code_version(),

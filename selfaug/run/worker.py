@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from selfaug.cli import quieten, sentence
 from selfaug.run import build
@@ -21,6 +21,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.ERROR, format="%(message)s")
     run = RunDirectory(sys.argv[1])
     config = OmegaConf.load(run.path / "config.yaml")
+    assert isinstance(config, DictConfig)
     try:
         with run_loggers(config, run.path) as loggers:
             fit(config, run, build.data(config), loggers)

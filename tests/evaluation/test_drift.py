@@ -1,6 +1,7 @@
 """Drift: against full logits, one document at a time; on which rows; on bad settings and files."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,7 +177,8 @@ def test_limit_is_a_seeded_sample(tokenizer, files):
 
 def test_results_file_holds_it(tokenizer, files, tmp_path):
     drift = measure_drift(tuned_model(), tokenizer, DriftConfig(files), progress=False)
-    empty = {"config": {}, "code": {}, "data": {}, "task": {}, "time": {}, "speed": {}, "memory": {}, "environment": {}}
+    keys = ("config", "code", "data", "task", "time", "speed", "memory", "environment")
+    empty: dict[str, Any] = {key: {} for key in keys}
     write_results(tmp_path / "results.json", Results("run", config_hash="", seed=0, drift=drift, **empty))
     stored = read_results(tmp_path / "results.json").drift["turns"]["kl_base_tuned"]["tuned"]
     assert stored["mean"] == drift["turns"]["kl_base_tuned"]["tuned"].mean
@@ -203,7 +205,7 @@ def test_packaged_corpora(tokenizer, tmp_path, monkeypatch):
     assert len(wikipedia_texts(2, seed=1)) == 2
     assert instruction_answers() == [("add\n\n1 and 1", "two"), ("who?", "the cat")]
     drift = measure_drift(tuned_model(), tokenizer, DriftConfig(), progress=False)
-    assert drift["instructions"]["perplexity"]["tuned"].n == 2
+    assert drift["dialogues"]["perplexity"]["tuned"].n == 2
     assert drift["wikipedia"]["perplexity"]["tuned"].mean > 1
 
 

@@ -1,5 +1,7 @@
 """Scores of two models on the same questions, worked out by hand; samples; answers from token rows."""
 
+from typing import Any
+
 import pytest
 
 from selfaug.errors import UserError
@@ -63,7 +65,7 @@ def test_nothing_to_score():
         score_answers(ANSWERS, BASE[:3], TUNED)
 
 
-def rows(n):
+def rows(n: int) -> list[dict[str, Any]]:
     return [{"id": f"q{i}", "question": f"why {i}?", "answers": (f"{i}",)} for i in range(n)]
 
 
@@ -100,7 +102,7 @@ def test_answer_questions_shows_the_prompt_only():
     model = tiny_model(vocab_size=TOKENIZER_VOCAB)
     texts = ["who wrote the novel?", "in which year", "and where is it?"]
     prompts = tokenizer(texts)["input_ids"]
-    shown = [{"input_ids": [*ids, 77, 78, 2], "prompt_length": len(ids)} for ids in prompts]
+    shown: list[dict[str, Any]] = [{"input_ids": [*ids, 77, 78, 2], "prompt_length": len(ids)} for ids in prompts]
     answers = answer_questions(model, tokenizer, shown, max_new_tokens=6, progress=False)
     assert answers == generate(model, tokenizer, prompts, max_new_tokens=6, progress=False)
     assert answers != generate(model, tokenizer, [row["input_ids"] for row in shown], max_new_tokens=6, progress=False)
