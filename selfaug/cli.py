@@ -59,7 +59,7 @@ class _user_errors(ContextDecorator):
 
 def quieten() -> None:
     """Silence what libraries say that is no news to the user; their warnings about his run stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    for name in ("bm25s", "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "`is_gradient_checkpointing` is deprecated",  # peft 0.21 under transformers 5

@@ -11,18 +11,17 @@ Where a prompt is too long, documents give way, the lowest-ranked first; never t
 import hashlib
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from selfaug.data.chat import ChatFormat
 from selfaug.data.schema import Document, Example
 from selfaug.errors import UserError
 from selfaug.objective.batch import Role
 
-_MARK = "selfaug{}mark"  # stands in for the user's text while the template is rendered; survives trimming
 _MIN_CUT = 16  # a document of which fewer tokens than this would be left is dropped whole
 
 
@@ -91,35 +90,19 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.config = config
         self.stats = PromptStats()
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"{type(tokenizer).__name__} gives no character offsets, which the token roles need: "
-                "set model.name to a model with a tokenizer.json."
-            )
-        template = config.chat_template or tokenizer.chat_template
-        if not template:
-            raise UserError(
-                "The model has no chat template: set data.prompt.chat_template to one, or model.name to an instruct "
-                "model."
-            )
-        self._template = template
-        self._before, self._after, self._end_ids = self._render_template()
+        self.chat = ChatFormat(tokenizer, config.chat_template, config.template_arguments, config.system)
         limit = getattr(tokenizer, "model_max_length", None)
         self.max_tokens = config.max_tokens or (limit if limit and limit < 10**9 else None)
-        specials = sorted(
-            {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True
-        )
-        self._specials = re.compile("|".join(map(re.escape, specials))) if specials else None
 
     def fingerprint(self) -> str:
         """A hash of the tokenizer, the template and the settings: of all that changes the tokens."""
-        parts = [self.tokenizer.backend_tokenizer.to_str(), self._template, self._end_ids, asdict(self.config)]
-        parts.append(self.max_tokens)
+        template = [self.chat.before, self.chat.after, self.chat.end_ids]
+        parts = [self.tokenizer.backend_tokenizer.to_str(), template, self.max_tokens, asdict(self.config)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """The number of tokens of each text."""
-        return [len(ids) for ids in self._encode(texts)["input_ids"]] if texts else []
+        return [len(ids) for ids in self.chat.encode(texts)["input_ids"]] if texts else []
 
     def build(self, examples: Sequence[Example]) -> list[Prompted]:
         """The examples as tokens, in order, without those that cannot fit (see `stats`).
@@ -127,8 +110,8 @@ class PromptBuilder:
         The tokenizer works on all of them in parallel. Raises UserError for one that cannot fit under
         on_too_long=error.
         """
-        targets = self._encode([self._defuse(example.answers[0]) for example in examples])["input_ids"]
-        responses = [[*target, *self._end_ids] for target in targets]
+        targets = self.chat.encode([self.chat.defuse(example.answers[0]) for example in examples])["input_ids"]
+        responses = [[*target, *self.chat.end_ids] for target in targets]
         segments = [self._segments(example, example.documents) for example in examples]
         encoded = self._encode_segments(segments)
         built = []
@@ -157,73 +140,21 @@ class PromptBuilder:
             )
         self.stats.dropped_examples += 1
 
-    # ---- template -------------------------------------------------------------------------------------------------
-
-    def _render_template(self) -> tuple[str, str, list[int]]:
-        """The text before and after the user's text, generation prompt included, and the end-of-turn token ids."""
-        user, answer = _MARK.format("user"), _MARK.format("answer")
-        system = self.config.system
-        try:
-            prompt = self._apply([{"role": "user", "content": user}], system, generate=True)
-        except Exception as error:
-            if system is None or "system" not in str(error).lower():
-                raise UserError(
-                    f"The chat template does not take one user message ({error}): set data.prompt.chat_template."
-                ) from error
-            # Gemma's templates refuse a system message: its text then opens the user's message.
-            user, system = f"{system}\n\n{user}", None
-            prompt = self._apply([{"role": "user", "content": user}], None, generate=True)
-        user = _MARK.format("user")
-        if prompt.count(user) != 1:
-            raise UserError(
-                "The chat template does not show the user's text exactly once: set data.prompt.chat_template."
-            )
-        before, after = prompt.split(user)
-        turn = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        end = self._apply(turn, system, generate=False).rpartition(answer)[2]
-        return before, after, self._end_of_turn(end)
-
-    def _apply(self, messages: list[dict[str, str]], system: str | None, generate: bool) -> str:
-        if system is not None:
-            messages = [{"role": "system", "content": system}, *messages]
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=generate,
-            chat_template=self.config.chat_template,
-            **self.config.template_arguments,
-        )
-
-    def _end_of_turn(self, text: str) -> list[int]:
-        """The tokens with which a response ends: of the text after it, up to the first that stops generation."""
-        ids = self._encode([text])["input_ids"][0]
-        special = set(self.tokenizer.all_special_ids)
-        for i, token in enumerate(ids):
-            if token in special:
-                return ids[: i + 1]
-        if self.tokenizer.eos_token_id is None:
-            raise UserError("The tokenizer has no end-of-sequence token: set model.name to an instruct model.")
-        return [self.tokenizer.eos_token_id]
-
     # ---- one example ----------------------------------------------------------------------------------------------
 
     def _segments(self, example: Example, documents: Sequence[Document]) -> list[tuple[str, Role]]:
         shown = list(documents)
         if self.config.shuffle_documents:
             random.Random(f"{self.config.seed}/{example.id}").shuffle(shown)
-        parts = [(self._before + self.config.instruction + "\n\n", Role.TEMPLATE)]
+        parts = [(self.chat.before + self.config.instruction + "\n\n", Role.TEMPLATE)]
         for number, document in enumerate(shown, start=1):
             parts += [(f"[{number}] ", Role.TEMPLATE), (self._document_text(document), Role.DOCUMENT)]
             parts.append(("\n\n", Role.TEMPLATE))
-        parts += [("Question: ", Role.TEMPLATE), (self._defuse(example.question), Role.QUESTION)]
-        return [*parts, (self._after, Role.TEMPLATE)]
+        parts += [("Question: ", Role.TEMPLATE), (self.chat.defuse(example.question), Role.QUESTION)]
+        return [*parts, (self.chat.after, Role.TEMPLATE)]
 
     def _document_text(self, document: Document) -> str:
-        return self._defuse(f"{document.title}\n{document.text}" if document.title else document.text)
-
-    def _defuse(self, text: str) -> str:
-        """User text must not close its own turn: a space breaks up whatever would become a special token."""
-        return self._specials.sub(lambda match: match[0][0] + " " + match[0][1:], text) if self._specials else text
+        return self.chat.defuse(f"{document.title}\n{document.text}" if document.title else document.text)
 
     def _fit(self, example: Example, tokens: int, room: int) -> tuple[Document, ...] | None:
         """The documents with which a prompt of `tokens` tokens fits into `room`: the lowest-ranked go first, the last
@@ -238,7 +169,8 @@ class PromptBuilder:
             shortened = self._cut(document, left) if left >= _MIN_CUT else None
             if shortened is not None and self._prompt_tokens(example, [*kept, shortened]) <= room:
                 kept.append(shortened)
-                cut, tokens_cut = cut + 1, tokens_cut + excess
+                left = self.count_tokens([self._document_text(shortened)])[0]  # what is really left of it
+                cut, tokens_cut = cut + 1, tokens_cut + length - left
                 break
             dropped, tokens_cut, gold_dropped = dropped + 1, tokens_cut + length, gold_dropped + document.gold
             excess = self._prompt_tokens(example, kept) - room
@@ -255,32 +187,24 @@ class PromptBuilder:
     def _cut(self, document: Document, tokens: int) -> Document | None:
         """The document with its text cut at the end so that title and text have about `tokens` tokens."""
         whole = self._document_text(document)
-        offsets = self._encode([whole], offsets=True)["offset_mapping"][0]
+        offsets = self.chat.encode([whole], offsets=True)["offset_mapping"][0]
         # A little less than asked for: tokens at the seams merge differently in the whole prompt.
         end = offsets[max(tokens - 3, 0)][0]
-        start = len(whole) - len(self._defuse(document.text))
+        start = len(whole) - len(self.chat.defuse(document.text))
         text = whole[start:end].rstrip()
         return Document(text, document.title, document.gold) if text else None
 
     def _prompt_tokens(self, example: Example, documents: Sequence[Document]) -> int:
         return self.count_tokens(["".join(text for text, _ in self._segments(example, documents))])[0]
 
-    def _encode(self, texts: list[str], offsets: bool = False) -> Any:
-        if not texts:
-            return {"input_ids": [], "offset_mapping": []}
-        # verbose=False: transformers warns of prompts over the model's limit, which are counted and cut here.
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=offsets, verbose=False
-        )
-
     def _encode_segments(self, segments: list[list[tuple[str, Role]]]) -> Any:
-        return self._encode(["".join(text for text, _ in parts) for parts in segments], offsets=True)
+        return self.chat.encode(["".join(text for text, _ in parts) for parts in segments], offsets=True)
 
     def _count(self, prompted: Prompted) -> None:
-        if self._specials is not None:
+        if self.chat.markup is not None:
             texts = [prompted.example.question, prompted.example.answers[0]]
             texts += [part for document in prompted.example.documents for part in (document.title, document.text)]
-            self.stats.special_tokens_defused += sum(len(self._specials.findall(text)) for text in texts)
+            self.stats.special_tokens_defused += sum(len(self.chat.markup.findall(text)) for text in texts)
         counts = np.bincount(prompted.roles, minlength=len(Role))
         self.stats.document_tokens += int(counts[Role.DOCUMENT])
         self.stats.question_tokens += int(counts[Role.QUESTION])

@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from selfaug.assets import asset_path
+from selfaug.data.chat import ChatFormat
 from selfaug.data.text import check_file, decode_object, read_lines
 from selfaug.errors import UserError
 from selfaug.evaluation.generation import evaluating, length_batches
@@ -45,7 +46,6 @@ _FIELDS: dict[str, tuple[str, ...]] = {"text": ("text",), "dialogue": ("prompt",
 _POSITION: dict[str, Position] = {"text": "all_logits", "dialogue": "output_logits"}
 _ASSETS = {"wikipedia-articles": "text", "alpaca-sample": "dialogue"}
 _SETTING = "evaluation.drift.corpora"
-_MARK = "selfaug-answer-mark"  # stands in for the response while the template is rendered
 T = TypeVar("T")
 
 
@@ -225,7 +225,7 @@ def _tokenised(name: str, tokenizer: Any, config: DriftConfig) -> list[_Document
         encoded = tokenizer([text for (text,) in texts], return_attention_mask=False, verbose=False)["input_ids"]
         documents = [_Document(ids, [int(Role.DOCUMENT)] * len(ids)) for ids in encoded]
     else:
-        documents = _dialogues(name, tokenizer, config, texts)
+        documents = _dialogues(tokenizer, config, texts)
     cut = [_Document(ids[: corpus.max_tokens], roles[: corpus.max_tokens]) for ids, roles in documents]
     # A document counts if it has a row: a second token, and in a dialogue one of the response.
     needed = Role.DOCUMENT if corpus.kind == "text" else Role.RESPONSE
@@ -240,39 +240,17 @@ def _tokenised(name: str, tokenizer: Any, config: DriftConfig) -> list[_Document
     return kept
 
 
-def _dialogues(name: str, tokenizer: Any, config: DriftConfig, turns: Sequence[tuple[str, ...]]) -> list[_Document]:
+def _dialogues(tokenizer: Any, config: DriftConfig, turns: Sequence[tuple[str, ...]]) -> list[_Document]:
     """Prompts through the chat template, responses tokenised apart and ended as the model ends its own."""
-    if not (config.chat_template or tokenizer.chat_template):
-        raise UserError(
-            f"{_SETTING}.{name} is of kind dialogue and the model has no chat template: set "
-            "evaluation.drift.chat_template to one, or leave that corpus out."
-        )
-
-    def render(*contents: str, generate: bool = False) -> str:
-        messages = [
-            {"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=False)
-        ]
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=generate,
-            chat_template=config.chat_template,
-            **config.template_arguments,
-        )
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    (after,) = encode([render("question", _MARK).rpartition(_MARK)[2]])
-    special = set(tokenizer.all_special_ids)
-    stop = next((position for position, token in enumerate(after) if token in special), None)
-    end = after[: stop + 1] if stop is not None else [tokenizer.eos_token_id]
-    prompts = encode([render(prompt, generate=True) for prompt, _ in turns])
-    responses = encode([response for _, response in turns])
+    chat = ChatFormat(
+        tokenizer, config.chat_template, config.template_arguments, setting="evaluation.drift.chat_template"
+    )
+    prompts = chat.encode([chat.prompt(chat.defuse(prompt)) for prompt, _ in turns])["input_ids"]
+    responses = chat.encode([chat.defuse(response) for _, response in turns])["input_ids"]
     return [
         _Document(
-            [*prompt, *response, *end],
-            [int(Role.TEMPLATE)] * len(prompt) + [int(Role.RESPONSE)] * (len(response) + len(end)),
+            [*prompt, *response, *chat.end_ids],
+            [int(Role.TEMPLATE)] * len(prompt) + [int(Role.RESPONSE)] * (len(response) + len(chat.end_ids)),
         )
         for prompt, response in zip(prompts, responses, strict=True)
     ]

@@ -41,7 +41,8 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
         with adapters_off(model):
             base = answer_questions(model, data.tokenizer, rows, description="answering: base", **answering)
         tuned = answer_questions(model, data.tokenizer, rows, description="answering: tuned", **answering)
-        drift_config = build.call(DriftConfig, "evaluation/drift", **build.plain(wanted.drift))
+        words = {key: config.data.prompt[key] for key in ("chat_template", "template_arguments")}
+        drift_config = build.call(DriftConfig, "evaluation/drift", **{**words, **build.plain(wanted.drift)})
         drift = measure_drift(model, data.tokenizer, drift_config, progress=config.progress)
     seconds = time.perf_counter() - started
     fitted = run.read_fit()

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import fake_assets as fakes
 import pyarrow as pa
 import pytest
 
 from selfaug.assets import __main__ as command
 from selfaug.assets import asset_path, fetch, parse, pip_download, registry
 from selfaug.errors import UserError
+from tests.assets import fake_assets as fakes
 
 GENUINE_DOWNLOAD = pip_download.download
 ROOT = Path(__file__).parents[2]

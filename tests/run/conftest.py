@@ -17,10 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from selfaug import train
 from tests.workspace import Workspace
 
-QUICK = (
-    "trainer.precision=32-true", "evaluation.rag.limit=2", "evaluation.rag.max_new_tokens=2",
-    "evaluation.drift.corpora.wikipedia.limit=2", "evaluation.drift.corpora.instructions.limit=2",
-)  # fmt: skip
+QUICK = ("trainer.precision=32-true", "evaluation.rag.limit=2", "evaluation.rag.max_new_tokens=2")
 
 
 class Runs(Workspace):

@@ -1,0 +1,48 @@
+"""Two processes equal one (invariant 4), on CPUs, with steps that do not divide evenly."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.run.conftest import Runs
+from tests.run.test_same import relative_error
+
+# 5 examples a step, 2 of them in a micro-batch: 3 micro-batches for 2 processes; the last step has 2 examples.
+UNEVEN = ("data.batch_size=5", "trainer.val_check_interval=5")
+
+
+@pytest.fixture(scope="module")
+def single(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workspace.into(tmp_path_factory.mktemp("single")).done(*UNEVEN)
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_equal_one(single: Path, runs: Runs, strategy: str):
+    directory = runs.done(*UNEVEN, f"trainer={strategy}")
+    name = "adapter/adapter_model.safetensors"
+    assert relative_error(load_file(single / name), load_file(directory / name)) < 1e-4
+    one, two = rows(single), rows(directory)
+    assert len(one) == len(two) >= 9
+    for row, other in zip(one, two, strict=True):
+        measured = {key for key, value in row.items() if value and not key.startswith("speed/")}
+        assert measured == {key for key, value in other.items() if value and not key.startswith("speed/")}
+        for key in measured:
+            assert float(other[key]) == pytest.approx(float(row[key]), rel=1e-4, abs=1e-6), (row["step"], key)
+        for key in measured & {"step", "train/tokens", "train/rows_nll", "train/rows_kl"}:
+            assert float(other[key]) == float(row[key])
+
+
+def test_an_error_in_a_worker_is_one_sentence(runs: Runs):
+    result = runs.train("trainer=ddp", "+optimizer.lrr=1", "trainer.max_steps=2")
+    assert result.returncode == 1
+    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("selfaug: ")]
+    assert "optimizer" in sentence
+    assert "lrr" in sentence
+    assert "Traceback" not in result.stdout + result.stderr

@@ -1,0 +1,202 @@
+"""Killed and resumed = never killed (invariant 8): the same adapter, byte for byte, and the same metrics."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selfaug.callbacks.saving import newest_checkpoint
+from tests.run.conftest import Runs
+
+# 10 steps an epoch, validation between them, dropout that draws random numbers in every step.
+LONG = ("trainer.max_epochs=3", "callbacks.checkpoint_every_n_steps=4", "trainer.val_check_interval=5",
+        "adapter.lora_dropout=0.1")  # fmt: skip
+
+
+def adapter(directory: Path) -> bytes:
+    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in csv.DictReader(file)]
+
+
+def scores(directory: Path) -> dict:
+    results = json.loads((directory / "results.json").read_text())
+    return {name: results[name] for name in ("task", "drift", "data", "samples", "config_hash", "seed")}
+
+
+def same(one: Path, other: Path) -> None:
+    assert adapter(one) == adapter(other)
+    assert metrics(one) == metrics(other)
+    assert scores(one) == scores(other)
+    assert one.name == other.name
+
+
+def stop(runs: Runs, step: int, by: signal.Signals, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Start the command in a process of its own and send it a signal once its checkpoint of `step` is there."""
+    command = runs.command(*overrides)
+    with subprocess.Popen(
+        command, cwd=runs.path, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not list(runs.runs.glob(f"*/checkpoints/step-{step}.ckpt")):
+            time.sleep(0.002)
+        process.send_signal(by)
+        out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def newest_step(directory: Path) -> int:
+    path = newest_checkpoint(directory / "checkpoints")
+    assert path is not None
+    return int(path.stem.rpartition("-")[2])
+
+
+def copied(directory: Path, runs: Runs) -> Path:
+    """A run directory moved into another directory of runs, as if it had been left there."""
+    return Path(shutil.copytree(directory, runs.runs / directory.name))
+
+
+@pytest.fixture(scope="module")
+def whole(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody interrupts."""
+    directory = workspace.into(tmp_path_factory.mktemp("whole")).done(*LONG)
+    assert len([row for row in metrics(directory) if row["train/loss"]]) == 30
+    assert len([row for row in metrics(directory) if row["val/nll"]]) == 6
+    return directory
+
+
+@pytest.fixture(scope="module")
+def killed(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run killed in the middle of its first epoch."""
+    runs = workspace.into(tmp_path_factory.mktemp("killed"))
+    assert stop(runs, 4, signal.SIGKILL, *LONG).returncode == -signal.SIGKILL
+    return runs.only()
+
+
+def test_killed_twice_and_resumed_is_never_killed(whole: Path, killed: Path, runs: Runs):
+    directory = copied(killed, runs)
+    assert 4 <= newest_step(directory) < 10
+    assert stop(runs, 16, signal.SIGKILL, *LONG).returncode == -signal.SIGKILL
+    assert 16 <= newest_step(directory) < 20  # within the second epoch
+    assert not (directory / "adapter").exists()
+    result = runs.inline(*LONG)
+    assert result.returncode == 0
+    assert f"resuming from {directory}" in result.stdout
+    same(runs.only(), whole)
+
+
+def test_sigterm_leaves_a_checkpoint_and_exit_status_143(whole: Path, runs: Runs):
+    result = stop(runs, 8, signal.SIGTERM, *LONG)
+    assert result.returncode == 143
+    directory = runs.only()
+    step = newest_step(directory)
+    assert step >= 8
+    assert f"stopped by SIGTERM after step {step}" in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (directory / "adapter").exists()
+    result = runs.inline(*LONG)
+    assert result.returncode == 0
+    assert f"step-{step}.ckpt" in result.stdout
+    same(directory, whole)
+
+
+def test_finished_run_is_not_done_again(whole: Path, runs: Runs):
+    directory = copied(whole, runs)
+    files = [p for p in directory.rglob("*") if "adapter" in p.parts or p.suffix in (".json", ".csv", ".ckpt")]
+    kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files if p.is_file() and p.name != "run.json"}
+    assert {"results.json", "fit.json", "metrics.csv", "adapter_model.safetensors"} <= {p.name for p in kept}
+    result = runs.inline(*LONG)
+    assert result.returncode == 0
+    assert f"this run is finished: {directory}" in result.stdout
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in kept} == kept
+
+
+def test_killed_while_scoring_is_only_scored(whole: Path, runs: Runs):
+    directory = copied(whole, runs)
+    (directory / "results.json").unlink()
+    trained = (directory / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert runs.inline(*LONG).returncode == 0
+    assert (directory / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == trained
+    same(directory, whole)
+
+
+def test_damaged_newest_checkpoint_is_passed_over(whole: Path, killed: Path, runs: Runs):
+    directory = copied(killed, runs)
+    (good,) = (directory / "checkpoints").glob("*.ckpt")
+    damaged = directory / "checkpoints" / "step-9.ckpt"
+    damaged.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    result = runs.inline(*LONG)
+    assert result.returncode == 0
+    assert f"{damaged} cannot be read" in result.stdout
+    assert f"resuming from {good}" in result.stdout
+    same(directory, whole)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, -1])
+def test_truncated_checkpoint_is_never_used(killed: Path, tmp_path: Path, keep: float):
+    (good,) = (killed / "checkpoints").glob("*.ckpt")
+    content = good.read_bytes()
+    end = int(keep * len(content)) if isinstance(keep, float) else keep
+    (tmp_path / good.name).write_bytes(content[:end])
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_checkpoint_holds_only_what_trains(whole: Path, killed: Path, workspace: Runs):
+    (path,) = (killed / "checkpoints").glob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    weights = checkpoint["state_dict"]
+    assert weights
+    assert all("lora_A" in name or "lora_B" in name for name in weights)
+    saved = load_file(whole / "adapter" / "adapter_model.safetensors")
+    bytes_of_adapter = sum(t.numel() * t.element_size() for t in saved.values())
+    assert sum(t.numel() * t.element_size() for t in weights.values()) == bytes_of_adapter
+    # Weights, two moments of AdamW, and what zip and pickle take for each tensor.
+    assert path.stat().st_size < 3 * bytes_of_adapter + 3 * len(weights) * 1000 + 20_000
+    everything = sum(
+        t.numel() * t.element_size() for t in load_file(workspace.path / "model/model.safetensors").values()
+    )
+    assert everything > bytes_of_adapter
+
+
+def test_changed_data_is_refused_and_force_does_it_again(workspace: Runs, tmp_path: Path):
+    changed = object.__new__(Runs)  # the same command in another folder
+    changed.path, changed.runs = tmp_path / "folder", tmp_path / "runs"
+    changed.path.mkdir()
+    for name in ("model", "texts.jsonl", "dialogues.jsonl"):
+        (changed.path / name).symlink_to(workspace.path / name)
+    shutil.copy(workspace.path / "data.jsonl", changed.path / "data.jsonl")
+    directory = changed.done("trainer.max_steps=2")
+    before = adapter(directory), (directory / "results.json").read_bytes()
+
+    lines = (changed.path / "data.jsonl").read_text().splitlines(keepends=True)
+    (changed.path / "data.jsonl").write_text("".join(lines[:40]))
+    result = changed.inline("trainer.max_steps=2")
+    assert result.returncode == 1
+    (sentence,) = result.stderr.strip().splitlines()[-1:]
+    assert sentence.startswith("selfaug: The data has changed since the run in")
+    assert "Traceback" not in result.stderr
+    assert (adapter(directory), (directory / "results.json").read_bytes()) == before
+
+    result = changed.inline("trainer.max_steps=2", "force=true")
+    assert result.returncode == 0
+    assert changed.only() == directory
+    assert (adapter(directory), (directory / "results.json").read_bytes()) != before
+
+
+def test_force_does_a_finished_run_again(runs: Runs):
+    directory = runs.done("trainer.max_steps=2")
+    before, written = adapter(directory), (directory / "results.json").stat().st_mtime_ns
+    assert runs.inline("trainer.max_steps=2", "force=true").returncode == 0
+    assert runs.only() == directory
+    assert (directory / "results.json").stat().st_mtime_ns > written
+    assert adapter(directory) == before
+    assert len(metrics(directory)) == 2

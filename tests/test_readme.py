@@ -1,0 +1,66 @@
+"""The README's Python blocks run, and its tables and commands name things that exist."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from tests.tiny import VOCAB, tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks_under_test() -> list[str]:
+    blocks = re.findall(r"<!-- tested: [^>]*-->\n```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    return blocks
+
+
+def batch() -> dict[str, torch.Tensor]:
+    input_ids = torch.randint(3, VOCAB, (2, 12))
+    labels = input_ids.clone()
+    labels[:, :8] = -100
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+
+def test_plain_loop():
+    names = {"model": tiny_model("llama", lora=True), **batch()}
+    exec(blocks_under_test()[0], names)
+    out = names["out"]
+    assert out.rows == 16
+    assert torch.isclose(out.loss, out.nll + 0.5 * out.kl)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in names["model"].parameters())
+
+
+def test_transformers_trainer(tmp_path):
+    names: dict = {}
+    exec(blocks_under_test()[1], names)
+    model = tiny_model("llama", lora=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False, learning_rate=1e-2,
+    )  # fmt: skip
+    rows = [{key: value[i] for key, value in batch().items()} for i in range(2)]
+    names["SelfAugTrainer"](model=model, args=arguments, train_dataset=rows).train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p.detach().cpu(), before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_commands_name_what_exists():
+    conf = ROOT / "selfaug" / "conf"
+    for group, choice in re.findall(r"\b(model|data|method|alignment|trainer|logger|debug|experiment)=(\w+)", README):
+        assert (conf / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
+    for module in set(re.findall(r"python -m (selfaug[\w.]*)", README)):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for path in re.findall(r"`?(selfaug/[\w./]+)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_it_is_short_enough():
+    assert len(README.splitlines()) < 300
+    assert "@@" not in README
