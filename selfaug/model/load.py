@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,21 +72,24 @@ def load_base(
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is unknown: set it to one of {', '.join(DTYPES)}.")
     place = locate(name)
+    split = dtype == "auto" and mixed
     with _readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(
             place,
             revision=revision,
-            dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+            # "auto" here is transformers' word for the checkpoint's own: a 7B model need not pass through float32.
+            dtype="auto" if split else torch.bfloat16 if dtype == "bfloat16" else torch.float32,
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             use_safetensors=True,
         )
     model.requires_grad_(False)
-    if dtype == "auto" and mixed:
+    if split:
         head = model.get_output_embeddings()
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not head:
-                module.to(torch.bfloat16)
+            low = isinstance(module, nn.Linear) and module is not head
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.bfloat16 if low else torch.float32)
     return model.train()
 
 
@@ -99,10 +103,9 @@ def add_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
 
 def load_adapter(base: nn.Module, directory: str | Path) -> PeftModel:
     """Wrap `base` with a saved adapter, frozen, as plain peft loads it."""
-    if not (Path(directory) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{directory} holds no PEFT adapter (adapter_config.json): set adapter_path to a run's adapter folder."
-        )
+    for file in ("adapter_config.json", "adapter_model.safetensors"):  # peft would also unpickle adapter_model.bin
+        if not (Path(directory) / file).is_file():
+            raise UserError(f"{directory} holds no {file}: set adapter_path to a PEFT adapter saved as safetensors.")
     return PeftModel.from_pretrained(base, str(directory))
 
 
@@ -116,7 +119,7 @@ class _readable_errors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError) or not isinstance(error, (OSError, ValueError, ImportError)):
+        if isinstance(error, UserError) or not isinstance(error, (OSError, ValueError, ImportError, SafetensorError)):
             return
         text = str(error)
         if isinstance(error, OSError) and error.errno is not None:
