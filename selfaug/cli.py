@@ -84,7 +84,11 @@ def sentence(error: BaseException) -> str | None:
         if isinstance(error.__cause__, (UserError, OSError)):
             return sentence(error.__cause__)
         return _hydra_sentence(error)
-    return _system_sentence(error) if isinstance(error, OSError) else None
+    if isinstance(error, OSError):
+        return _system_sentence(error)
+    # Libraries written in Rust (safetensors, tokenizers) hide the system's error in their text.
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    return _system_sentence(OSError(int(hidden[1]), str(error))) if hidden else None
 
 
 def _system_sentence(error: OSError) -> str | None:

@@ -37,6 +37,9 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "eps", "warmup_ratio"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise UserError(f"optimizer.{name}={getattr(self, name)} is no number: set it to one.")
         if self.lr <= 0:
             raise UserError(f"optimizer.lr={self.lr} is not allowed: set it to a positive number.")
         if not 0 <= self.warmup_ratio < 1:

@@ -34,8 +34,7 @@ def train(config: DictConfig, directory: str) -> Any:
     from selfaug.run.score import score
 
     run = RunDirectory(directory)
-    build.objective(config)  # a wrong setting should not have to wait for the data
-    build.precision(config)
+    build.check(config)
     if config.force:
         for leftover in (run.adapter, run.checkpoints):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -105,7 +105,9 @@ def load_adapter(base: nn.Module, directory: str | Path) -> PeftModel:
     """Wrap `base` with a saved adapter, frozen, as plain peft loads it."""
     for file in ("adapter_config.json", "adapter_model.safetensors"):  # peft would also unpickle adapter_model.bin
         if not (Path(directory) / file).is_file():
-            raise UserError(f"{directory} holds no {file}: set adapter_path to a PEFT adapter saved as safetensors.")
+            raise UserError(
+                f"{directory} holds no PEFT adapter ({file}): set adapter_path to an adapter folder saved as safetensors."
+            )
     return PeftModel.from_pretrained(base, str(directory))
 
 

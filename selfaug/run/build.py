@@ -75,6 +75,16 @@ def _has_bf16() -> bool:
     return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
+def check(config: DictConfig) -> None:
+    """Refuse what can be refused at once, before data and model are loaded."""
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise UserError(f"seed={config.seed} is not allowed: set it to a whole number, 0 or more.")
+    objective(config)
+    call(OptimizerConfig, "optimizer", **plain(config.optimizer))
+    precision(config)
+    devices(config)
+
+
 def data(config: DictConfig) -> RagDataModule:
     """The data module; nothing is read or tokenised before its first use."""
     tokenizer = load_tokenizer(config.model.name, config.model.revision)

@@ -1,12 +1,14 @@
 """Two processes equal one (invariant 4), on CPUs, with steps that do not divide evenly."""
 
 import csv
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.run.conftest import Runs
+from tests.run.test_resume import newest_step, stop
 from tests.run.test_same import relative_error
 
 # 5 examples a step, 2 of them in a micro-batch: 3 micro-batches for 2 processes; the last step has 2 examples.
@@ -46,3 +48,12 @@ def test_an_error_in_a_worker_is_one_sentence(runs: Runs):
     assert "optimizer" in sentence
     assert "lrr" in sentence
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_sigterm_stops_all_processes_at_a_checkpoint(runs: Runs):
+    result = stop(runs, 2, signal.SIGTERM, *UNEVEN, "trainer=ddp", "callbacks.checkpoint_every_n_steps=2")
+    assert result.returncode == 143
+    assert 2 <= newest_step(runs.only()) < 8
+    assert not (runs.only() / "adapter").exists()
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "failed" not in result.stderr
