@@ -25,7 +25,7 @@ demo: assets ## fine-tune the packaged model with SelfAug, then show what it lea
 
 # One thread per process: the models of the tests are tiny, and more threads only wait for each other.
 test: assets ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install ## style and types
 	$(BIN)/ruff check .

@@ -32,8 +32,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     register_resolvers()
     quieten()
     arguments = [re.sub(r"^\+(experiment=)", r"\1", argument) for argument in sys.argv[1:]]
-    # Hydra's parser wants its flags before the first override; people write them anywhere.
-    sys.argv[1:] = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
+    sys.argv[1:] = flags_first(arguments)
     # Hydra prints its own paragraphs unless it is told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -42,6 +41,21 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path="pkg://selfaug.conf", config_name=config_name)(
             _user_errors()(task)
         )()
+
+
+_VALUED = re.compile(r"--?(config-(dir|name|path)|c[dnp]|package|p|cfg|c|experimental-rerun)")
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """Hydra's flags, with their values, before the overrides: its parser wants that, people write them anywhere."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        (flags if argument.startswith("-") else overrides).append(argument)
+        if _VALUED.fullmatch(argument) and (value := next(rest, None)) is not None:
+            flags.append(value)
+    return flags + overrides
 
 
 class _user_errors(ContextDecorator):

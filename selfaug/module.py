@@ -4,6 +4,7 @@ Optimisation is manual because the means of the loss run over all tokens of the 
 its micro-batches are, and because their number differs from step to step and is no constant of the trainer.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,13 +38,27 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "eps", "warmup_ratio"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise UserError(f"optimizer.{name}={getattr(self, name)} is no number: set it to one.")
-        if self.lr <= 0:
-            raise UserError(f"optimizer.lr={self.lr} is not allowed: set it to a positive number.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise UserError(f"optimizer.warmup_ratio={self.warmup_ratio} is not allowed: set it between 0 and 1.")
+        ranges: dict[str, tuple[bool, str]] = {
+            "lr": (_number(self.lr) and 0 < self.lr, "a positive number"),
+            "weight_decay": (_number(self.weight_decay) and self.weight_decay >= 0, "0 or a positive number"),
+            "eps": (_number(self.eps) and self.eps >= 0, "0 or a positive number"),
+            "betas": (
+                len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas),
+                "two numbers in [0, 1)",
+            ),
+            "warmup_ratio": (_number(self.warmup_ratio) and 0 <= self.warmup_ratio < 1, "a number in [0, 1)"),
+            "max_grad_norm": (
+                self.max_grad_norm is None or (_number(self.max_grad_norm) and self.max_grad_norm > 0),
+                "a positive number or null",
+            ),
+        }
+        for name, (fits, wanted) in ranges.items():
+            if not fits:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} is not allowed: set it to {wanted}.")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class SelfAugModule(L.LightningModule):

@@ -2,12 +2,14 @@
 
 import logging
 import pickle
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from selfaug.callbacks.metrics_file import MetricsFile
 
@@ -15,7 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class SaveCheckpoints(L.Callback):
-    """Saves checkpoints/step-N.ckpt every n optimiser steps and when SIGTERM asks the run to stop.
+    """Saves checkpoints/step-N.ckpt every n optimiser steps, and after the step in which SIGTERM comes; then it stops
+    the training with SIGTERMException.
 
     Lightning writes a checkpoint beside its place and renames it, so that a kill at any moment leaves the last whole
     one. (Lightning's ModelCheckpoint picks by a monitored metric and carries that state; resuming needs neither.)
@@ -23,20 +26,29 @@ class SaveCheckpoints(L.Callback):
 
     def __init__(self, directory: Path, every_n_steps: int):
         self.directory, self.every_n_steps = directory, every_n_steps
+        self.stop_requested = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning's handler talks to the other processes from within the signal, between whatever collectives they
+        # happen to be in. Ours only takes note; Lightning puts the handler from before the training back at its end.
+        signal.signal(signal.SIGTERM, self._take_note)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.keep_until(trainer.global_step)
 
+    def _take_note(self, *_: Any) -> None:
+        self.stop_requested = True
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stopping = trainer.received_sigterm
-        if trainer.world_size > 1:  # the signal may reach the processes in different steps
-            stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)
-        if stopping or (self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0):
+        stop = self.stop_requested
+        if trainer.world_size > 1:  # the signal may reach the processes in different steps: they decide together
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop or (self.every_n_steps > 0 and trainer.global_step % self.every_n_steps == 0):
             self.save(trainer)
+        if stop:
+            raise SIGTERMException
 
     def save(self, trainer: L.Trainer) -> None:
         """Every process takes part."""

@@ -46,8 +46,6 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
             run.checkpoints,
         )
         sys.exit(SIGTERM_EXIT)
-    if trainer.interrupted:
-        sys.exit(SIGTERM_EXIT)
     save_adapter(module, run.adapter)
     if trainer.is_global_zero:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else throughput.peak_host_bytes()
@@ -61,6 +59,8 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
             },
         )
     trainer.strategy.barrier()
+    if saving.stop_requested:  # too late for a checkpoint: the training is complete, only the scores are missing
+        sys.exit(SIGTERM_EXIT)
 
 
 def save_adapter(module: SelfAugModule, directory: Path) -> None:

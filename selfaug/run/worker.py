@@ -1,4 +1,4 @@
-"""One of several training processes. Run as: python -m torch.distributed.run ... -m selfaug.run.worker RUN_DIRECTORY"""
+"""One of several training processes, started by selfaug.run.launch: python -m selfaug.run.worker RUN_DIRECTORY"""
 
 import logging
 import os
