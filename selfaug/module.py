@@ -39,7 +39,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[bool, str]] = {
-            "lr": (_number(self.lr) and 0 < self.lr, "a positive number"),
+            "lr": (_number(self.lr) and self.lr > 0, "a positive number"),
             "weight_decay": (_number(self.weight_decay) and self.weight_decay >= 0, "0 or a positive number"),
             "eps": (_number(self.eps) and self.eps >= 0, "0 or a positive number"),
             "betas": (
