@@ -33,6 +33,7 @@ def train(config: DictConfig, directory: str) -> Any:
     from selfaug.run.loggers import log_results, run_loggers
     from selfaug.run.score import score
 
+    cli.quieten()  # Lightning sets its log level when it is imported
     run = RunDirectory(directory)
     build.check(config)
     if config.force:

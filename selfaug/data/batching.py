@@ -123,6 +123,7 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> TokenBatch:
         labels=input_ids.masked_fill(roles != Role.RESPONSE, IGNORE),
         roles=roles,
         ids=tuple(row["id"] for row in rows),
+        right_padded=True,
     )
 
 

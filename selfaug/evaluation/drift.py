@@ -280,9 +280,9 @@ def _document_sums(
         targets = ids.roll(-1, dims=1)[counted].to(device)  # [N]
         ids, mask, counted = ids.to(device), (roles != Role.PADDING).to(device), counted.to(device)
         with evaluating(model):
-            tuned = decoder.hidden(ids, mask)[counted]  # [N, d]
+            tuned = decoder.hidden(ids, mask, right_padded=True)[counted]  # [N, d]
         with adapters_off(model):
-            base = decoder.hidden(ids, mask)[counted]
+            base = decoder.hidden(ids, mask, right_padded=True)[counted]
         head = decoder.head.arguments()
         values = torch.stack(
             [

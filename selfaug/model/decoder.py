@@ -74,11 +74,15 @@ class Decoder:
         self.body: nn.Module = inner.base_model
         self.head = Head(head, scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 caps
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
         """Last hidden states [B, T, d], after the final norm. input_ids, attention_mask: [B, T].
 
-        Positions count real tokens only, so that padding on either side changes nothing.
+        Positions count real tokens only, so that padding on either side changes nothing. With `right_padded` the
+        caller vouches that all padding is on the right: no real token ever attends to it, so no mask is needed and
+        attention takes its faster causal path; the states of the padding itself then mean nothing.
         """
+        if right_padded:
+            return self.body(input_ids=input_ids, use_cache=False).last_hidden_state
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
         return self.body(
             input_ids=input_ids, attention_mask=attention_mask.long(), position_ids=position_ids, use_cache=False

@@ -23,7 +23,8 @@ class Role(IntEnum):
 class TokenBatch:
     """B sequences padded to T tokens, all [B, T]. labels[t] is the token at t where it is to be learned, else -100.
 
-    `ids` names the examples, for messages about them.
+    `ids` names the examples, for messages about them. `right_padded`: known to have padding on the right only, which
+    causal attention never sees, so that the model may be run without a mask.
     """
 
     input_ids: Tensor
@@ -31,6 +32,7 @@ class TokenBatch:
     labels: Tensor
     roles: Tensor
     ids: tuple[str, ...] = ()
+    right_padded: bool = False
 
     @classmethod
     def from_labels(cls, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> "TokenBatch":

@@ -58,7 +58,9 @@ class Objective:
         """The loss of one micro-batch, whose means are over `totals` rows (see count)."""
         totals = totals.clamp_min(1)
         head = decoder.head
-        tuned = decoder.hidden(batch.input_ids, batch.attention_mask)  # [B, T, d]
+        # The official code's rows include padding, whose states depend on the mask.
+        maskless = batch.right_padded and not any(getattr(term, "official", False) for term in self.terms.values())
+        tuned = decoder.hidden(batch.input_ids, batch.attention_mask, right_padded=maskless)  # [B, T, d]
 
         rows = output_rows(batch.roles)
         targets = batch.labels[:, 1:][rows[:, :-1]]
@@ -67,7 +69,7 @@ class Objective:
 
         if self.terms:
             with adapters_off(decoder.model):
-                reference = decoder.hidden(batch.input_ids, batch.attention_mask)  # [B, T, d]
+                reference = decoder.hidden(batch.input_ids, batch.attention_mask, right_padded=maskless)  # [B, T, d]
         for total, (name, term) in zip(totals[1:], self.terms.items(), strict=True):
             rows = term.rows(batch.roles)
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0):

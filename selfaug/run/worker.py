@@ -17,8 +17,8 @@ from selfaug.run.loggers import run_loggers
 def main() -> None:
     """Train as the process that the environment says; the configuration is the run directory's."""
     register_resolvers()
-    quieten()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.ERROR, format="%(message)s")
+    quieten()
     run = RunDirectory(sys.argv[1])
     config = OmegaConf.load(run.path / "config.yaml")
     assert isinstance(config, DictConfig)

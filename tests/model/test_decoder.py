@@ -93,13 +93,15 @@ def assert_padding_changes_nothing(model, side):
     lengths = (9, 14, 6)
     ids, mask, _ = random_batch(lengths, (3, 3, 3), side=side)
     decoder = Decoder(model)
-    with torch.no_grad():
-        padded = decoder.hidden(ids, mask)
-        for row, length in enumerate(lengths):
-            alone = ids[row : row + 1, mask[row].bool()]
-            expected = decoder.hidden(alone, torch.ones_like(alone))[0]
-            assert len(expected) == length
-            torch.testing.assert_close(padded[row, mask[row].bool()], expected, rtol=1e-4, atol=2e-5)
+    # Padding on the right alone needs no mask: causal attention never sees it.
+    for right_padded in (False, True)[: 2 if side == "right" else 1]:
+        with torch.no_grad():
+            padded = decoder.hidden(ids, mask, right_padded=right_padded)
+            for row, length in enumerate(lengths):
+                alone = ids[row : row + 1, mask[row].bool()]
+                expected = decoder.hidden(alone, torch.ones_like(alone))[0]
+                assert len(expected) == length
+                torch.testing.assert_close(padded[row, mask[row].bool()], expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
