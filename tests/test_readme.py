@@ -50,6 +50,24 @@ def test_transformers_trainer(tmp_path):
     assert all("lora_" in name for name in changed)
 
 
+def test_transformers_trainer_accumulates_as_one_batch(tmp_path):
+    names: dict = {}
+    exec(blocks_under_test()[1], names)
+    rows = [{key: value[i] for key, value in batch().items()} for i in range(2)]
+    weights = []
+    for size, steps in ((2, 1), (1, 2)):
+        torch.manual_seed(0)
+        model = tiny_model("llama", lora=True)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            optim="sgd", max_grad_norm=0.0, learning_rate=0.1, report_to=[], use_cpu=True, save_strategy="no",
+            disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        names["SelfAugTrainer"](model=model, args=arguments, train_dataset=rows).train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
 def test_commands_name_what_exists():
     conf = ROOT / "selfaug" / "conf"
     for group, choice in re.findall(r"\b(model|data|method|alignment|trainer|logger|debug|experiment)=(\w+)", README):

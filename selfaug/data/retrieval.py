@@ -1,5 +1,6 @@
 """BM25 retrieval and filling a context up to a length in tokens."""
 
+import logging
 from collections.abc import Callable, Iterable
 
 import bm25s
@@ -8,6 +9,8 @@ from tqdm import tqdm
 
 from selfaug.data.schema import Document
 from selfaug.data.text import document_text
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and reports every index
 
 
 class Retriever:

@@ -91,7 +91,7 @@ def data(config: DictConfig) -> RagDataModule:
     node = plain(config.data)
     prompt = call(PromptConfig, "data/prompt", **node.pop("prompt"))
     source = make(node.pop("source"), "data")
-    for shorthand in ("name", "path", "context_tokens"):  # they only feed the source
+    for shorthand in ("name", "path", "context_tokens", "answer_tokens"):  # they only feed other settings
         node.pop(shorthand, None)
     return call(
         RagDataModule, "data", source=source, tokenizer=tokenizer, prompt=prompt, seed=config.seed,

@@ -34,9 +34,10 @@ def launch_workers(run_directory: Path, processes: int) -> None:
     message = run_directory / "worker-error.txt"
     message.unlink(missing_ok=True)
     command = [sys.executable, "-m", "selfaug.run.worker", str(run_directory)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
         # On a CPU the processes share the cores instead of each taking all.
-        "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // processes, 1)),
+        "OMP_NUM_THREADS": str(max(cores // processes, 1)),
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),

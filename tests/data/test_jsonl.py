@@ -288,7 +288,7 @@ def test_fingerprint(tmp_path):
 def test_an_empty_split_is_a_warning(tmp_path, caplog):
     source = JsonlSource(write(tmp_path / "a.jsonl", [record()]), val_share=0.001, test_share=0)
     assert read(source, "val") == []
-    assert "data.val_share" in caplog.text
+    assert "data.source.val_share" in caplog.text
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

@@ -79,13 +79,13 @@ class SquadSource:
         if context_tokens < 1:
             raise UserError(f"data.context_tokens={context_tokens} must be at least 1")
         if not 0 <= unanswerable_share <= 1:
-            raise UserError(f"data.unanswerable_share={unanswerable_share} must lie between 0 and 1")
+            raise UserError(f"data.source.unanswerable_share={unanswerable_share} must lie between 0 and 1")
         if distractors not in _DISTRACTORS:
-            raise UserError(f"data.distractors={distractors} must be one of: {', '.join(_DISTRACTORS)}")
+            raise UserError(f"data.source.distractors={distractors} must be one of: {', '.join(_DISTRACTORS)}")
         self.path = _file(path, "squad", "squad.jsonl", "data.path")
         self.leads_path: Path | None = None
         if distractors == "split+leads":
-            self.leads_path = _file(leads_path, "wikipedia-leads", "leads.jsonl", "data.leads_path")
+            self.leads_path = _file(leads_path, "wikipedia-leads", "leads.jsonl", "data.source.leads_path")
         self.context_tokens = context_tokens
         self.unanswerable_share = unanswerable_share
         self.val_share = val_share
@@ -135,7 +135,7 @@ class SquadSource:
         if total < self.context_tokens:
             _log.warning(
                 "the split %s has only %d tokens of documents, fewer than data.context_tokens=%d: "
-                "set data.distractors=split+leads for longer contexts",
+                "set data.source.distractors=split+leads for longer contexts",
                 split,
                 total,
                 self.context_tokens,
