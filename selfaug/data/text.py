@@ -72,8 +72,8 @@ def check_shares(val_share: float, test_share: float = 0.0) -> None:
     """Raises UserError unless both shares are at least 0 and something is left for training."""
     if val_share < 0 or test_share < 0 or val_share + test_share >= 1:
         raise UserError(
-            f"data.source.val_share={val_share} and data.source.test_share={test_share} must be at least 0 and together "
-            "below 1"
+            f"data.source.val_share={val_share} and data.source.test_share={test_share} must be at least 0 and "
+            "together below 1"
         )
 
 

@@ -173,7 +173,7 @@ def test_tokens_are_counted_once(squad):
 def test_a_context_that_cannot_be_filled_is_a_warning(squad, leads, caplog):
     source = SquadSource(squad, context_tokens=3000)
     assert list(source.examples("val", count))
-    assert "data.distractors=split+leads" in caplog.text
+    assert "data.source.distractors=split+leads" in caplog.text
     longer = SquadSource(squad, context_tokens=3000, distractors="split+leads", leads_path=leads)
     for split in ("train", "val", "test"):
         without, with_leads = next(source.examples(split, count)), next(longer.examples(split, count))
