@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
 from selfaug.data.batching import Step
@@ -122,15 +123,16 @@ class SelfAugModule(L.LightningModule):
         if not torch.isfinite(sums[0]):
             raise NonFiniteLoss(self.global_step, [name for batch in step.micro_batches for name in batch.ids])
 
-        if self.optimizer_config.max_grad_norm is not None:
-            self.clip_gradients(optimizer, self.optimizer_config.max_grad_norm, "norm")
+        gradient_norm = self._clip_gradients()
+        if not math.isfinite(gradient_norm):
+            raise NonFiniteLoss(self.global_step, [name for batch in step.micro_batches for name in batch.ids])
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         tokens = sum(batch.attention_mask.sum() for batch in step.micro_batches if batch.ids)  # silent ones have no ids
         tokens = self._over_processes(torch.as_tensor(tokens, device=self.device))
-        self._log_step(sums, totals, learning_rate, tokens, started)
+        self._log_step(sums, totals, learning_rate, gradient_norm, tokens, started)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         # Data-parallel training averages the gradients over the processes; our sums are already over all of them.
@@ -141,13 +143,23 @@ class SelfAugModule(L.LightningModule):
         with wait, torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
+    def _clip_gradients(self) -> float:
+        """Scale the gradients to at most max_grad_norm; returns their norm before that."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        limit = self.optimizer_config.max_grad_norm
+        norm: Any = torch.nn.utils.clip_grad_norm_(trainable, math.inf if limit is None else limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
     def _over_processes(self, value: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return value
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
-    def _log_step(self, sums: Tensor, totals: Tensor, learning_rate: float, tokens: Tensor, started: float) -> None:
+    def _log_step(
+        self, sums: Tensor, totals: Tensor, learning_rate: float, gradient_norm: float, tokens: Tensor, started: float
+    ) -> None:
         values = {"train/loss": float(sums[0]), "train/lr": learning_rate, "train/tokens": int(tokens)}
+        values["train/grad_norm"] = gradient_norm
         self.step_tokens, self.step_seconds = int(tokens), time.perf_counter() - started
         values["speed/tokens_per_s"] = self.step_tokens / self.step_seconds
         for i, name in enumerate(self.objective.names):
@@ -207,11 +219,11 @@ class SelfAugModule(L.LightningModule):
 
 
 class NonFiniteLoss(UserError):
-    """A loss that is NaN or infinite. The optimiser has not stepped on it."""
+    """A loss, or its gradient, is NaN or infinite. The optimiser has not stepped on it."""
 
     def __init__(self, step: int, examples: list[str]):
         shown = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
         super().__init__(
-            f"The loss of step {step} is not finite (examples {shown}): look at these examples, lower optimizer.lr or "
-            "alignment.alpha, or set trainer.precision=32-true; the last checkpoint is kept."
+            f"The loss of step {step} or its gradient is not finite (examples {shown}): look at these examples, lower "
+            "optimizer.lr or alignment.alpha, or set trainer.precision=32-true; the last checkpoint is kept."
         )

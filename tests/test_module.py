@@ -174,6 +174,16 @@ def test_a_step_may_be_cut_into_micro_batches_in_any_way():
 # --- a loss that is not finite ------------------------------------------------------------------------------------
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_optimiser_steps():
+    """Clipping would turn an infinite gradient into NaN weights, and the next checkpoint would keep them."""
+    model = tiny_model(lora=True)
+    before = weights(model)
+    next(p for p in model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteLoss):
+        train(selfaug(), make_rows(4, vocabulary=VOCAB), model=model, loading={"step_size": 4, "micro_batch_size": 2})
+    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_optimiser_steps(value):
     rows = make_rows(12, vocabulary=VOCAB - 1)
@@ -199,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_steps(value):
     assert any(not torch.equal(after[n], w) for n, w in start.items() if "lora" in n)  # the first two steps were made
     message = str(caught.value)
     assert isinstance(caught.value, UserError)
-    assert message.startswith("The loss of step 2 is not finite (examples ")
+    assert message.startswith("The loss of step 2 or its gradient is not finite (examples ")
     named = message.partition("(examples ")[2].partition(")")[0].split(", ")
     assert sorted(named) == ["e10", "e11", "e8", "e9"]
 

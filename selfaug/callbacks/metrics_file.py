@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class MetricsFile(CSVLogger):
@@ -14,11 +15,13 @@ class MetricsFile(CSVLogger):
         self._aside = directory / "metrics.before-resume.csv"
         # CSVLogger deletes a file that it finds. Put it aside; if an earlier resume got no further than this, what it
         # put aside is the whole story so far.
-        if self._path.is_file() and not self._aside.is_file():
-            self._path.rename(self._aside)
-        self._path.unlink(missing_ok=True)
+        if getattr(rank_zero_only, "rank", 0) == 0:  # of several processes only one writes
+            if self._path.is_file() and not self._aside.is_file():
+                self._path.rename(self._aside)
+            self._path.unlink(missing_ok=True)
         super().__init__(str(directory), name="", version="", flush_logs_every_n_steps=10)
 
+    @rank_zero_only
     def keep_until(self, step: int) -> None:
         """Write the earlier rows of steps up to `step` again; called when training starts."""
         if not self._aside.is_file():

@@ -1,6 +1,7 @@
 """Checkpoints for resuming: the newest one is kept, the older goes only once the newer is whole."""
 
 import logging
+import math
 import pickle
 import signal
 import zipfile
@@ -32,6 +33,10 @@ class SaveCheckpoints(L.Callback):
         # Lightning's handler talks to the other processes from within the signal, between whatever collectives they
         # happen to be in. Ours only takes note; Lightning puts the handler from before the training back at its end.
         signal.signal(signal.SIGTERM, self._take_note)
+        self.keep_metrics(trainer)
+
+    def keep_metrics(self, trainer: L.Trainer) -> None:
+        """Bring back the rows of metrics.csv that belong to the steps done so far."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.keep_until(trainer.global_step)
@@ -42,6 +47,14 @@ class SaveCheckpoints(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.enable_validation and (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0:
+            return  # validation comes next: a checkpoint before it would lose its row
+        self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
         stop = self.stop_requested
         if trainer.world_size > 1:  # the signal may reach the processes in different steps: they decide together
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)

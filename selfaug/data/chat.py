@@ -12,6 +12,9 @@ from selfaug.errors import UserError
 
 _USER, _ANSWER = "selfaugusermark", "selfauganswermark"  # plain letters: no template trims or escapes them
 
+# Llama 3.1's template writes today's date into the prompt; a run must not depend on the day it is started on.
+_SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
 
 class ChatFormat:
     """One user turn and the model's answer, in the words of a tokenizer's chat template.
@@ -47,6 +50,9 @@ class ChatFormat:
             )
         if not (template or tokenizer.chat_template):
             raise UserError(f"The model has no chat template: set {setting}, or model.name to an instruct model.")
+        text = template or tokenizer.chat_template
+        if isinstance(text, str) and "strftime_now" in text:
+            self._given = _SAME_DAY + text
         # Not all_special_ids: <|eot_id|> and <end_of_turn> are special tokens that no attribute of theirs names.
         self._special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         longest_first = sorted(set(self._special.values()), key=lambda token: (-len(token), token))

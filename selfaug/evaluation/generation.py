@@ -5,7 +5,7 @@ penalty, would measure those settings and not the weights. In float32 an answer 
 its batch; in bfloat16 the padding moves roundings and can flip a close call, so compare models only in one precision.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ def generate(
     tokens_per_batch: int = 16384,
     progress: bool = True,
     description: str = "generating",
+    also_stop: Collection[int] = (),
 ) -> list[str]:
     """The greedy continuation of each prompt as text, in the order of `prompts`.
 
@@ -38,6 +39,7 @@ def generate(
         max_new_tokens: where an answer is cut that does not end by itself, in tokens.
         tokens_per_batch: sequences times (longest prompt + max_new_tokens) of one batch, at most; a single prompt that
             is longer is a batch of its own.
+        also_stop: tokens that end an answer beside the tokenizer's and the model's own.
 
     Returns:
         The texts without special tokens and without white space around them.
@@ -48,7 +50,7 @@ def generate(
         raise ValueError(f"prompt {empty[0]} has no tokens")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
-    stops = stop_ids(inner, tokenizer)
+    stops = list(dict.fromkeys([*stop_ids(inner, tokenizer), *also_stop]))
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     settings = GenerationConfig(
         do_sample=False,

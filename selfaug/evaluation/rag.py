@@ -36,6 +36,7 @@ def answer_questions(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
         description=description,
+        also_stop={row["input_ids"][-1] for row in rows},  # the end of turn that was trained, whatever the eos is
     )
 
 

@@ -75,10 +75,38 @@ def _has_bf16() -> bool:
     return any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
+# Lightning's settings that would count micro-batches or cut epochs behind the back of our own.
+_NOT_FOR_THE_TRAINER = {
+    "accumulate_grad_batches": "data.batch_size and data.micro_batch_size",
+    "gradient_clip_val": "optimizer.max_grad_norm",
+    "limit_train_batches": "data.limit_train or trainer.max_steps",
+    "overfit_batches": "data.limit_train",
+}
+
+
 def check(config: DictConfig) -> None:
     """Refuse what can be refused at once, before data and model are loaded."""
-    if not isinstance(config.seed, int) or config.seed < 0:
-        raise UserError(f"seed={config.seed} is not allowed: set it to a whole number, 0 or more.")
+    for name, least, most in (
+        ("seed", 0, 2**32 - 1),
+        ("trainer.max_epochs", 1, None),
+        ("evaluation.tokens_per_batch", 1, None),
+        ("evaluation.rag.max_new_tokens", 1, None),
+        ("data.batch_size", 1, None),
+        ("data.micro_batch_size", 1, None),
+        ("adapter.r", 1, None),
+        ("data.limit_train", 1, None),
+    ):
+        value = OmegaConf.select(config, name)
+        if value is None and name in ("data.limit_train", "adapter.r"):
+            continue
+        if not isinstance(value, int) or value < least or (most is not None and value > most):
+            raise UserError(
+                f"{name}={value} is not allowed: set it to a whole number, at least {least}"
+                + (f" and at most {most}." if most is not None else ".")
+            )
+    for name, instead in _NOT_FOR_THE_TRAINER.items():
+        if name in config.trainer:
+            raise UserError(f"trainer.{name} is not supported: set {instead} instead.")
     objective(config)
     call(OptimizerConfig, "optimizer", **plain(config.optimizer))
     precision(config)
@@ -143,7 +171,8 @@ def trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequen
     """The Lightning trainer; every other key of `trainer` goes to it as it is. Our own callback saves checkpoints."""
     node = plain(config.trainer)
     node["precision"] = precision(config).name
-    node["devices"] = devices(config)
+    if not isinstance(node["devices"], list):  # a list names the devices
+        node["devices"] = devices(config)
     if isinstance(node.get("strategy"), dict):
         node["strategy"] = make(config.trainer.strategy, "trainer")
     return call(

@@ -29,6 +29,8 @@ SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports for a process ended 
 
 def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Sequence[Logger]) -> None:
     """Train in this process (as one of the processes, where there are several), then save the adapter."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of an earlier job of the sweep
     module = build.module(config)
     throughput = Throughput()
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
@@ -39,6 +41,12 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     try:
         # Lightning's own loops and our state are plain Python and tensors, so nothing needs to be unpickled.
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except ValueError as error:
+        if "val_check_interval" not in str(error):
+            raise
+        raise UserError(
+            f"trainer.val_check_interval does not fit: {str(error).splitlines()[0].rstrip('.')}."
+        ) from error
     except SIGTERMException:
         log.warning(
             "stopped by SIGTERM after step %d; its checkpoint is in %s, and the same command resumes from it",
@@ -46,6 +54,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
             run.checkpoints,
         )
         sys.exit(SIGTERM_EXIT)
+    saving.keep_metrics(trainer)  # a run that resumes after its last step never starts to train
     save_adapter(module, run.adapter)
     if trainer.is_global_zero:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else throughput.peak_host_bytes()

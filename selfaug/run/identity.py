@@ -33,6 +33,8 @@ def config_hash(config: DictConfig) -> str:
         for key in config
         if key not in IRRELEVANT
     }
+    if config.get("ckpt_path") not in ("auto", None):  # a start from elsewhere is another run
+        relevant["ckpt_path"] = config.ckpt_path
     data: Any = relevant.get("data") or {}
     relevant["data"] = {k: v for k, v in data.items() if k not in _IRRELEVANT_DATA}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -1,5 +1,6 @@
 """The scoring stage of a run: base and tuned model on the same questions and texts, in the same process."""
 
+import gc
 import logging
 import time
 from typing import Any
@@ -26,7 +27,9 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
     The adapter is read back from disk, so what is scored is what was saved.
     """
     started = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gc.collect()  # of the trained model's reference cycles: a second one is loaded now
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
     model = load_adapter(build.base_model(config), run.adapter).to(device)
     wanted = config.evaluation
     if not len(data.data["test"]):

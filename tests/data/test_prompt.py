@@ -497,3 +497,10 @@ def test_the_fingerprint_knows_the_special_tokens_that_a_template_shows(tiny):
         prints.append(builder.fingerprint())
         tokens.append(tuple(builder.build([EMMA])[0].input_ids))
     assert len(set(tokens)) == len(set(prints)) == 3
+
+
+def test_the_day_does_not_change_the_prompt(tiny):
+    """Llama 3.1's template asks for the date."""
+    template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    builder = PromptBuilder(tiny, PromptConfig(chat_template=template))
+    assert tiny.decode(builder.build([EMMA])[0].input_ids).startswith("26 Jul 2024")

@@ -129,6 +129,19 @@ def test_killed_while_scoring_is_only_scored(whole: Path, runs: Runs):
     same(directory, whole)
 
 
+def test_killed_between_the_last_step_and_the_adapter_keeps_its_metrics(whole: Path, killed: Path, runs: Runs):
+    """The last checkpoint is of the last step: the resumed run has nothing left to train."""
+    settings = (*LONG, "trainer.max_steps=4", "callbacks.checkpoint_every_n_steps=2")
+    directory = runs.done(*settings)
+    before = metrics(directory)
+    shutil.rmtree(directory / "adapter")
+    for file in ("fit.json", "results.json"):
+        (directory / file).unlink()
+    assert runs.inline(*settings).returncode == 0
+    assert metrics(directory) == before
+    assert not (directory / "metrics.before-resume.csv").exists()
+
+
 def test_damaged_newest_checkpoint_is_passed_over(whole: Path, killed: Path, runs: Runs):
     directory = copied(killed, runs)
     (good,) = (directory / "checkpoints").glob("*.ckpt")
