@@ -219,7 +219,7 @@ def _columns(results: Sequence[Results]) -> list[_Column]:
         shown = _clean(corpus, 28)
         return _Column(
             f"{shown} {_DRIFT[name].label}",
-            [*textwrap.wrap(shown, 9), *lines],
+            [*textwrap.wrap(shown, 7), *lines],
             _DRIFT[name],
             lambda run: read(run, corpus, name),
             lambda run: constant if corpus in run.drift else None,

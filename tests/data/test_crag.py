@@ -213,5 +213,5 @@ def test_bad_settings(file):
     write(file, [record()])
     with pytest.raises(UserError, match=r"data\.top_k=0"):
         CragSource(file, top_k=0)
-    with pytest.raises(UserError, match=r"data\.val_share"):
+    with pytest.raises(UserError, match=r"data\.source\.val_share"):
         CragSource(file, val_share=1)

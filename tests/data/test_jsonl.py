@@ -214,7 +214,7 @@ def test_lfs_pointer(tmp_path):
 
 @pytest.mark.parametrize(("val", "test"), [(-0.1, 0), (0.5, 0.5), (0, 1)])
 def test_impossible_shares(tmp_path, val, test):
-    with pytest.raises(UserError, match=r"data\.val_share"):
+    with pytest.raises(UserError, match=r"data\.source\.val_share"):
         JsonlSource(write(tmp_path / "a.jsonl", [record()]), val, test)
 
 

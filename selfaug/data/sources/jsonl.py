@@ -113,7 +113,7 @@ class JsonlSource:
                 found = True
                 yield example
         if not found:
-            _log.warning("%s gives no example for the split %s: see data.%s_share", file, split, split)
+            _log.warning("%s gives no example for the split %s: see data.source.%s_share", file, split, split)
 
     def _split_of(self, example: Example, groups: "_GoldGroups") -> Split:
         gold = _gold_hashes(example)
