@@ -215,7 +215,7 @@ def test_bad_settings_and_files(squad, tmp_path):
         ({"distractors": "all"}, "distractors"),
         ({"val_share": 0.5, "test_share": 0.5}, "val_share"),
     ]:
-        with pytest.raises(UserError, match=f"data.{name}"):
+        with pytest.raises(UserError, match=rf"data\.(source\.)?{name}"):
             SquadSource(squad, **settings)
     with pytest.raises(UserError, match=r"data\.path=.* does not exist"):
         SquadSource(tmp_path / "none.jsonl")
