@@ -1,5 +1,8 @@
 """Invariant 10: a run that names no hub model or data set opens no connection and looks up no host."""
 
+import subprocess
+from pathlib import Path
+
 from tests.workspace import Workspace
 
 # Python imports this module at start-up. Anything but a local socket is written down and refused.
@@ -22,28 +25,23 @@ socket.getaddrinfo = refuse("getaddrinfo")
 """
 
 
-def test_training_and_scoring_need_no_network(tmp_path):
-    workspace = Workspace(tmp_path)
-    blocker = tmp_path / "blocker"
+def blocked_train(workspace: Workspace, *overrides: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The finished command, and the file that names what it tried to reach (absent if nothing)."""
+    blocker, log = workspace.path / "blocker", workspace.path / "network.log"
     blocker.mkdir()
     (blocker / "sitecustomize.py").write_text(BLOCK)
-    log = tmp_path / "network.log"
-    environment = workspace.environment()
-    variables = {"PYTHONPATH": f"{blocker}:{environment['PYTHONPATH']}", "NETWORK_LOG": str(log), "HF_HUB_OFFLINE": "0"}
-    done = workspace.train("trainer.max_steps=1", **variables)
+    path = f"{blocker}:{workspace.environment()['PYTHONPATH']}"
+    return workspace.train(*overrides, PYTHONPATH=path, NETWORK_LOG=str(log), HF_HUB_OFFLINE="0"), log
+
+
+def test_training_and_scoring_need_no_network(tmp_path):
+    done, log = blocked_train(Workspace(tmp_path), "trainer.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert not log.exists(), log.read_text()
 
 
 def test_the_block_works(tmp_path):
-    workspace = Workspace(tmp_path)
-    blocker = tmp_path / "blocker"
-    blocker.mkdir()
-    (blocker / "sitecustomize.py").write_text(BLOCK)
-    log = tmp_path / "network.log"
-    environment = workspace.environment()
-    variables = {"PYTHONPATH": f"{blocker}:{environment['PYTHONPATH']}", "NETWORK_LOG": str(log), "HF_HUB_OFFLINE": "0"}
-    done = workspace.train("model.name=nobody/nothing", **variables)
+    done, log = blocked_train(Workspace(tmp_path), "model.name=nobody/nothing")
     assert done.returncode == 1
     assert "the hub cannot be reached" in done.stderr
     assert log.exists()
