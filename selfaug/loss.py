@@ -13,6 +13,7 @@ from selfaug.model.decoder import Decoder, verify_decoder
 from selfaug.model.reference import check_reference
 from selfaug.objective import LogitAlignment, Objective, TokenBatch
 from selfaug.objective.rows import Position
+from selfaug.objective.sampling import Rows
 from selfaug.ops import Divergence
 
 
@@ -47,6 +48,9 @@ def selfaug_loss(
     boundary: bool = True,
     official: bool = False,
     step_rows: RowCounts | None = None,
+    rows: Rows = "all",
+    share: float = 1.0,
+    draw: tuple[int, int] | None = None,
 ) -> SelfAugLoss:
     """NLL on the response + alpha * KL between base and tuned model (SelfAug, arXiv 2509.03934, section 3.3).
 
@@ -58,6 +62,8 @@ def selfaug_loss(
         alpha, position, divergence, boundary, official: see selfaug.objective.LogitAlignment.
         step_rows: with gradient accumulation, the sums of `count_rows` over the micro-batches of the optimiser step;
             the losses of the micro-batches then add up to the step's (do not divide them by their number).
+        rows, share: align a share of the rows only ("random", 0.25), the same in expectation; see RowSampling.
+        draw: seed and number of the step, which decide what is drawn. None takes every row, as for validation.
 
     Returns:
         SelfAugLoss; the means are over this batch's rows, or over step_rows.
@@ -67,7 +73,9 @@ def selfaug_loss(
             output head ...), or a setting out of range.
         ValueError: tensors that do not fit.
     """
-    objective = _objective(alpha, position, divergence, boundary, official)
+    if draw is None and share != 1 and torch.is_grad_enabled():
+        raise ValueError("share below 1 draws rows by seed and step: give draw=(seed, step)")
+    objective = _objective(alpha, position, divergence, boundary, official, rows, share)
     batch = TokenBatch.from_labels(input_ids, attention_mask, labels)
     check_reference(model)
     if model not in _verified:
@@ -75,7 +83,7 @@ def selfaug_loss(
         _verified.add(model)
     counts = objective.count(batch)
     totals = counts if step_rows is None else torch.tensor(step_rows, device=counts.device)
-    losses = objective(Decoder(model), batch, totals)
+    losses = objective(Decoder(model), batch, totals, draw)
     return SelfAugLoss(losses.loss, losses.parts["nll"], losses.parts["kl"], int(counts[1]))
 
 
@@ -93,5 +101,13 @@ def count_rows(
     return RowCounts(int(counts[0]), int(counts[1]))
 
 
-def _objective(alpha: float, position: Position, divergence: Divergence, boundary: bool, official: bool) -> Objective:
-    return Objective({"kl": LogitAlignment(alpha, position, divergence, boundary, official)})
+def _objective(
+    alpha: float,
+    position: Position,
+    divergence: Divergence,
+    boundary: bool,
+    official: bool,
+    rows: Rows = "all",
+    share: float = 1.0,
+) -> Objective:
+    return Objective({"kl": LogitAlignment(alpha, position, divergence, boundary, official, rows, share)})

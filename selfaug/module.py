@@ -116,7 +116,7 @@ class SelfAugModule(L.LightningModule):
 
         sums = torch.zeros(len(self.objective.names) + 1, device=self.device)
         for i, batch in enumerate(step.micro_batches):
-            losses = self.objective(decoder, batch, totals)
+            losses = self.objective(decoder, batch, totals, draw=(self.seed, self.global_step))
             self._backward(losses.loss, last=i == len(step.micro_batches) - 1)
             sums += torch.stack([losses.loss.detach(), *(part.detach() for part in losses.parts.values())])
         sums = self._over_processes(sums)

@@ -7,7 +7,7 @@ refused and never trained wrongly.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -16,7 +16,27 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from selfaug.errors import UserError
+from selfaug.model.attention import packed_states
 from selfaug.ops.head import HeadShape, head_logits
+
+
+class Tokens(Protocol):
+    """What the model needs to know of a batch (selfaug.objective.TokenBatch)."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
+    @property
+    def roles(self) -> Tensor: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def right_padded(self) -> bool: ...
+    @property
+    def spans(self) -> tuple[Any, ...]: ...
+    @property
+    def examples(self) -> tuple[tuple[Any, str], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,15 @@ class Decoder:
         self.model = model
         self.body: nn.Module = inner.base_model
         self.head = Head(head, scale, getattr(config, "final_logit_softcapping", None))  # Gemma 2 caps
+
+    def states(self, tokens: Tokens, *, masked: bool = False) -> Tensor:
+        """Last hidden states [B, T, d] of a batch, padded or packed.
+
+        masked: run the model with the attention mask even where the padding is known to be on the right.
+        """
+        if tokens.packed:
+            return packed_states(self.body, tokens.input_ids, tokens.spans)
+        return self.hidden(tokens.input_ids, tokens.attention_mask, right_padded=tokens.right_padded and not masked)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
         """Last hidden states [B, T, d], after the final norm. input_ids, attention_mask: [B, T].

@@ -2,23 +2,71 @@
 
 The base model is the tuned model with its adapters switched off (SelfAug, appendix B: one more forward pass, no second
 copy of the weights), in eval mode and under no_grad. That is exactly the base model only while nothing outside the
-adapters trains, which `check_reference` makes sure of.
+adapters trains, which `check_reference` makes sure of. selfaug/model/cache.py keeps what it computes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from selfaug.errors import UserError
-from selfaug.model.decoder import Decoder
+from selfaug.model.attention import received_attention
+from selfaug.model.decoder import Decoder, Tokens
+from selfaug.ops import linear_entropy
 
 # These initialisations leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ ...) move a part of
 # them into the adapter, so that switching it off no longer gives the base model.
 _BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+Score = Literal["entropy", "attention"]
+
+
+class ReferenceStates(NamedTuple):
+    """What the base model says about a batch.
+
+    hidden: [B, T, d] its last hidden states, in the dtype they were computed in.
+    scores: [B, T] float32, not negative, how much each row matters; None unless a score was asked for.
+    """
+
+    hidden: Tensor
+    scores: Tensor | None = None
+
+
+class Reference(Protocol):
+    """Where the reference comes from."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UserError where `model` cannot have this reference."""
+        ...
+
+    def states(self, decoder: Decoder, tokens: Tokens, *, masked: bool, score: Score | None = None) -> ReferenceStates:
+        """masked: run the model with the attention mask even where the padding is known to be on the right."""
+        ...
+
+
+class AdaptersOff:
+    """One more forward pass with the adapters switched off."""
+
+    def check(self, model: nn.Module) -> None:
+        check_reference(model)
+
+    def states(self, decoder: Decoder, tokens: Tokens, *, masked: bool, score: Score | None = None) -> ReferenceStates:
+        with adapters_off(decoder.model):
+            if score == "attention":
+                with received_attention(decoder.model, tokens) as received:
+                    hidden = decoder.states(tokens, masked=masked)
+                return ReferenceStates(hidden, received())
+            hidden = decoder.states(tokens, masked=masked)
+        if score == "entropy":
+            rows = linear_entropy(hidden.flatten(0, 1), **decoder.head.arguments())
+            return ReferenceStates(hidden, rows.view(hidden.shape[:2]))
+        return ReferenceStates(hidden)
 
 
 @contextmanager

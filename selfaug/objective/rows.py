@@ -20,27 +20,33 @@ Position = Literal["input_logits", "output_logits", "all_logits"]
 POSITIONS: tuple[Position, ...] = ("input_logits", "output_logits", "all_logits")
 
 
-def existing_rows(roles: Tensor) -> Tensor:
-    """[B, T] bool from roles [B, T]: token t and token t+1 are both there and not padding."""
+def existing_rows(roles: Tensor, last: Tensor | None = None) -> Tensor:
+    """[B, T] bool from roles [B, T]: token t and token t+1 are both there, not padding, and of one example.
+
+    last: [B, T] bool, the last tokens of the examples, where several share a row (TokenBatch.last).
+    """
     token = roles != Role.PADDING
-    return token & _next(token)
+    rows = token & _next(token)
+    return rows if last is None else rows & ~last
 
 
-def output_rows(roles: Tensor) -> Tensor:
+def output_rows(roles: Tensor, last: Tensor | None = None) -> Tensor:
     """[B, T] bool: rows that predict a response token."""
-    return existing_rows(roles) & _next(roles == Role.RESPONSE)
+    return existing_rows(roles, last) & _next(roles == Role.RESPONSE)
 
 
-def alignment_rows(roles: Tensor, position: Position, *, boundary: bool = True, official: bool = False) -> Tensor:
+def alignment_rows(
+    roles: Tensor, position: Position, *, boundary: bool = True, official: bool = False, last: Tensor | None = None
+) -> Tensor:
     """[B, T] bool: the rows on which the tuned model is aligned to the base model."""
     response = roles == Role.RESPONSE
     if position == "output_logits":
-        return output_rows(roles)
+        return output_rows(roles, last)
     if position == "all_logits":
-        return existing_rows(roles)
+        return existing_rows(roles, last)
     if official:  # sequences that are all padding stand for nothing and are no part of the official batch
         return ~response & (roles != Role.PADDING).any(1, keepdim=True)
-    rows = existing_rows(roles) & ~response
+    rows = existing_rows(roles, last) & ~response
     return rows if boundary else rows & ~_next(response)
 
 

@@ -1,6 +1,7 @@
 """The terms that are added to the NLL. A term says which rows it needs and sums its penalty over them.
 
-To add one: a class with `alpha`, `rows` and `total` like LogitAlignment's, and a YAML file in selfaug/conf/method/.
+To add one: a class with `alpha`, `sampling`, `select` and `total` like LogitAlignment's, and a YAML file in
+selfaug/conf/method/.
 """
 
 import math
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from selfaug.errors import UserError
 from selfaug.model.decoder import Head
+from selfaug.objective.batch import TokenBatch
 from selfaug.objective.rows import POSITIONS, Position, alignment_rows
+from selfaug.objective.sampling import Rows, RowSampling
 from selfaug.ops import Divergence, linear_kl
 
 
@@ -23,12 +26,18 @@ class Term(Protocol):
         """Its weight in the loss."""
         ...
 
-    def rows(self, roles: Tensor) -> Tensor:
+    @property
+    def sampling(self) -> RowSampling:
+        """Which of its rows are used in a training step."""
+        ...
+
+    def select(self, batch: TokenBatch) -> Tensor:
         """[B, T] bool: the rows it is taken over."""
         ...
 
-    def total(self, tuned: Tensor, reference: Tensor, head: Head) -> Tensor:
-        """The penalty summed over N rows, a scalar; tuned, reference: [N, d] last hidden states of those rows."""
+    def total(self, tuned: Tensor, reference: Tensor, head: Head, weights: Tensor | None) -> Tensor:
+        """The penalty summed over N rows, a scalar; tuned, reference: [N, d] last hidden states of those rows;
+        weights: [N] of the rows in the sum, None for 1."""
         ...
 
 
@@ -44,6 +53,8 @@ class LogitAlignment:
             kl_tuned_base = KL(tuned || base), as the paper's formula says. See selfaug/ops/linear_kl.py.
         boundary: keep the last prompt position among the input rows.
         official: take the official code's rows, padding included (input_logits only).
+        rows, share: use a share of the rows in each training step, weighted so that the loss is the same in
+            expectation; see selfaug/objective/sampling.py.
 
     Raises:
         UserError: a value outside its range.
@@ -54,6 +65,8 @@ class LogitAlignment:
     divergence: Divergence = "kl_base_tuned"
     boundary: bool = True
     official: bool = False
+    rows: Rows = "all"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.alpha) or self.alpha < 0:
@@ -68,9 +81,25 @@ class LogitAlignment:
                 "alignment.official=true means the official code's rows: set alignment.position=input_logits and "
                 "alignment.boundary=true with it."
             )
+        if self.official and not self.sampling.everything:
+            raise UserError(
+                "alignment.official=true counts padding, which is never sampled: set alignment.rows=all with it."
+            )
 
-    def rows(self, roles: Tensor) -> Tensor:
-        return alignment_rows(roles, self.position, boundary=self.boundary, official=self.official)
+    @property
+    def sampling(self) -> RowSampling:
+        return RowSampling(self.rows, self.share)
 
-    def total(self, tuned: Tensor, reference: Tensor, head: Head) -> Tensor:
-        return linear_kl(tuned, reference, **head.arguments(), divergence=self.divergence, reduction="sum")
+    def select(self, batch: TokenBatch) -> Tensor:
+        if self.official and batch.packed:
+            raise UserError(
+                "alignment.official=true counts padding, which a packed batch does not have: set data.packing=false."
+            )
+        return alignment_rows(
+            batch.roles, self.position, boundary=self.boundary, official=self.official, last=batch.last
+        )
+
+    def total(self, tuned: Tensor, reference: Tensor, head: Head, weights: Tensor | None) -> Tensor:
+        return linear_kl(
+            tuned, reference, **head.arguments(), divergence=self.divergence, row_weights=weights, reduction="sum"
+        )

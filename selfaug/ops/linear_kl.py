@@ -37,6 +37,7 @@ def linear_kl(
     softcap: float | None = None,
     temperature: float = 1.0,
     divergence: Divergence = "kl_base_tuned",
+    row_weights: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     impl: Literal["auto", "naive", "chunked"] = "auto",
     chunk_bytes: int = CHUNK_BYTES,
@@ -78,6 +79,8 @@ def linear_kl(
         rows = _chunked_kl(hidden, reference, weight, bias, shape, divergence, chunk_bytes)
     else:
         raise ValueError(f"impl must be auto, naive or chunked, got {impl!r}")
+    if row_weights is not None:
+        rows = rows * row_weights
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / max(rows.numel(), 1)

@@ -14,6 +14,7 @@ from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
 from selfaug.objective import LogitAlignment, Objective, TokenBatch
 from selfaug.objective.rows import POSITIONS
+from selfaug.objective.sampling import RowSampling
 from tests.tiny import FAMILIES, random_batch, tiny_model
 
 DIVERGENCES = ("kl_base_tuned", "kl_tuned_base")
@@ -154,10 +155,12 @@ def test_a_term_of_ones_own():
 
         alpha: float = 0.1
 
-        def rows(self, roles):
-            return roles != 0
+        sampling = RowSampling()
 
-        def total(self, tuned, reference, head):
+        def select(self, batch):
+            return batch.roles != 0
+
+        def total(self, tuned, reference, head, weights):
             assert not reference.requires_grad
             return (tuned - reference).square().sum()
 
