@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from selfaug.model.decoder import Decoder, verify_decoder
-from selfaug.model.reference import check_reference
+from selfaug.model.reference import Reference
 from selfaug.objective import LogitAlignment, Objective, TokenBatch
 from selfaug.objective.rows import Position
 from selfaug.objective.sampling import Rows
@@ -51,6 +51,7 @@ def selfaug_loss(
     rows: Rows = "all",
     share: float = 1.0,
     draw: tuple[int, int] | None = None,
+    reference: Reference | None = None,
 ) -> SelfAugLoss:
     """NLL on the response + alpha * KL between base and tuned model (SelfAug, arXiv 2509.03934, section 3.3).
 
@@ -64,6 +65,8 @@ def selfaug_loss(
             the losses of the micro-batches then add up to the step's (do not divide them by their number).
         rows, share: align a share of the rows only ("random", 0.25), the same in expectation; see RowSampling.
         draw: seed and number of the step, which decide what is drawn. None takes every row, as for validation.
+        reference: where the base model's hidden states come from, for example a CachedReference; by default the
+            second forward pass.
 
     Returns:
         SelfAugLoss; the means are over this batch's rows, or over step_rows.
@@ -71,13 +74,14 @@ def selfaug_loss(
     Raises:
         UserError: adapters off would not be the base model (weights train outside the adapters, an adapter on the
             output head ...), or a setting out of range.
-        ValueError: tensors that do not fit.
+        ValueError: tensors that do not fit, or share below 1 in training without draw.
     """
     if draw is None and share != 1 and torch.is_grad_enabled():
         raise ValueError("share below 1 draws rows by seed and step: give draw=(seed, step)")
-    objective = _objective(alpha, position, divergence, boundary, official, rows, share)
+    term = LogitAlignment(alpha, position, divergence, boundary, official, rows, share)
+    objective = Objective({"kl": term}, reference)
     batch = TokenBatch.from_labels(input_ids, attention_mask, labels)
-    check_reference(model)
+    objective.check(model)
     if model not in _verified:
         verify_decoder(model)
         _verified.add(model)
@@ -96,18 +100,6 @@ def count_rows(
     official: bool = False,
 ) -> RowCounts:
     """The rows of one micro-batch, to be added up for `selfaug_loss(step_rows=...)`. attention_mask, labels: [B, T]."""
-    objective = _objective(0.0, position, "kl_base_tuned", boundary, official)
-    counts = objective.count(TokenBatch.from_labels(labels, attention_mask, labels))
+    term = LogitAlignment(0.0, position, boundary=boundary, official=official)
+    counts = Objective({"kl": term}).count(TokenBatch.from_labels(labels, attention_mask, labels))
     return RowCounts(int(counts[0]), int(counts[1]))
-
-
-def _objective(
-    alpha: float,
-    position: Position,
-    divergence: Divergence,
-    boundary: bool,
-    official: bool,
-    rows: Rows = "all",
-    share: float = 1.0,
-) -> Objective:
-    return Objective({"kl": LogitAlignment(alpha, position, divergence, boundary, official, rows, share)})

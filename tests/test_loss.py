@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import selfaug
 from selfaug.errors import UserError
 from selfaug.loss import RowCounts, SelfAugLoss, count_rows, selfaug_loss
+from selfaug.model.reference import AdaptersOff
 from tests.tiny import lora_config, random_batch, randomise_b, tiny_model
 
 OFFICIAL = Path(__file__).parent / "data" / "official_parity"
@@ -168,6 +169,35 @@ def test_step_rows_make_micro_batches_one_step(size, settings):
     assert sums == pytest.approx([value.item() for value in whole[:3]], rel=1e-5)
     for one, other in zip(gradients(), expected, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+
+
+def test_a_share_of_the_rows():
+    model, tensors = tiny_model(lora=True), random_batch((9, 14, 6), (3, 5, 2))
+    full = selfaug_loss(model, *tensors)
+    draws = [selfaug_loss(model, *tensors, rows="random", share=0.25, draw=(1, step)) for step in range(400)]
+    assert all(loss.rows == full.rows and loss.nll == full.nll for loss in draws)
+    kls = torch.stack([loss.kl for loss in draws]).detach()
+    assert kls.unique().numel() > 20
+    assert abs(kls.mean() - full.kl.item()) < 4 * kls.std() / len(kls) ** 0.5
+    again = selfaug_loss(model, *tensors, rows="random", share=0.25, draw=(1, 7))
+    assert again.kl == draws[7].kl
+    with torch.no_grad():  # validation
+        assert selfaug_loss(model, *tensors, rows="random", share=0.25).kl == full.kl
+    with pytest.raises(ValueError, match=r"draw=\(seed, step\)"):
+        selfaug_loss(model, *tensors, rows="random", share=0.25)
+
+
+def test_a_reference_of_ones_own():
+    class Remembered(AdaptersOff):
+        calls = 0
+
+        def states(self, *arguments, **settings):
+            self.calls += 1
+            return super().states(*arguments, **settings)
+
+    model, tensors, reference = tiny_model(lora=True), random_batch((9, 14, 6), (3, 5, 2)), Remembered()
+    assert selfaug_loss(model, *tensors, reference=reference).kl == selfaug_loss(model, *tensors).kl
+    assert reference.calls == 1
 
 
 def test_wrong_use_is_refused():

@@ -93,6 +93,11 @@ class TokenBatch:
         return tuple((span, token_key(ids[span.row, span.start : span.stop])) for span in spans)
 
     @property
+    def asking(self) -> Tensor:
+        """[B, T] bool: the question and response tokens, whose attention tells which other tokens matter."""
+        return (self.roles == Role.QUESTION) | (self.roles == Role.RESPONSE)
+
+    @property
     def last(self) -> Tensor | None:
         """[B, T] bool: the last token of each example of a packed batch, after which another one begins."""
         if not self.packed:

@@ -130,8 +130,3 @@ def _offset(seed: int, step: int, key: str) -> float:
     """Uniform in [0, 1)."""
     digest = hashlib.blake2b(f"{seed} {step} {key}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
-
-
-def question_or_response(roles: Tensor) -> Tensor:
-    """[B, T] bool: the tokens whose attention tells which rows matter. Where no question is marked, the response."""
-    return (roles == Role.QUESTION) | (roles == Role.RESPONSE)

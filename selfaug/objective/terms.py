@@ -81,7 +81,7 @@ class LogitAlignment:
                 "alignment.official=true means the official code's rows: set alignment.position=input_logits and "
                 "alignment.boundary=true with it."
             )
-        if self.official and not self.sampling.everything:
+        if not self.sampling.everything and self.official:
             raise UserError(
                 "alignment.official=true counts padding, which is never sampled: set alignment.rows=all with it."
             )

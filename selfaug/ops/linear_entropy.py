@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from selfaug.ops.head import HeadShape, check_head, chunk_rows, head_logits, product_dtype, reduction_dtype
-from selfaug.ops.linear_kl import CHUNK_BYTES
+from selfaug.ops.head import HeadShape, cast, check_head, chunk_rows, head_logits, product_dtype, reduction_dtype
 
 
 @torch.no_grad()
@@ -15,14 +14,14 @@ def linear_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """-sum p log p of each row, [N], in nats, float32 (float64 for float64 hidden states). No gradient.
 
     Args:
         hidden: [N, d] last hidden states.
         weight, bias, scale, softcap: the output head, as in linear_kl.
-        chunk_bytes: what the [rows, V] buffers of one chunk may take together.
+        chunk_bytes: what the [rows, V] buffers of one chunk may take together; see head.CHUNK_BYTES for the default.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -30,14 +29,14 @@ def linear_entropy(
     shape = HeadShape(scale, softcap)
     check_head(hidden, weight, bias, shape)
     accurate, dtype = reduction_dtype(hidden), product_dtype(hidden)
-    size = chunk_rows(len(hidden), len(weight), 3, accurate.itemsize, chunk_bytes)
+    size = chunk_rows(len(hidden), 4 * accurate.itemsize * len(weight), hidden.device, chunk_bytes)
     values = hidden.new_empty(len(hidden), dtype=accurate)
     with torch.autocast(hidden.device.type, enabled=False):
-        weight = weight.to(dtype)
+        weight = cast(weight, dtype)
         for start in range(0, len(hidden), size):
             logits = head_logits(hidden[start : start + size].to(dtype), weight, bias, shape).to(accurate)
             top = logits.amax(-1)
             chances = torch.softmax(logits, -1)
             normaliser = top - chances.amax(-1).log()  # the largest chance is exp(top - normaliser)
-            values[start : start + size] = normaliser - torch.linalg.vecdot(chances, logits)
+            values[start : start + size] = normaliser - chances.mul_(logits).sum(-1)
     return values

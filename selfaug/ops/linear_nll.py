@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from selfaug.ops.head import HeadShape, check_head, chunk_rows, head_logits, product, product_dtype, reduction_dtype
-from selfaug.ops.linear_kl import CHUNK_BYTES
+from selfaug.ops.head import HeadShape, cast, check_head, chunk_rows, head_logits, product_dtype, reduction_dtype
 
 
 def linear_nll(
@@ -20,7 +19,7 @@ def linear_nll(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """-log p(target) of each row, [N], in nats, float32 (float64 for float64 hidden states).
 
@@ -28,7 +27,7 @@ def linear_nll(
         hidden: [N, d] last hidden states; gradients flow to it.
         targets: [N] int64 token ids, each in [0, V).
         weight, bias, scale, softcap: the output head, as in linear_kl.
-        chunk_bytes: what the [rows, V] buffers of one chunk may take together.
+        chunk_bytes: what the [rows, V] buffers of one chunk may take together; see head.CHUNK_BYTES for the default.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -37,7 +36,9 @@ def linear_nll(
     check_head(hidden, weight, bias, shape)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be [N] with N={len(hidden)}")
-    size = chunk_rows(len(hidden), len(weight), 2, reduction_dtype(hidden).itemsize, chunk_bytes)
+    dtype = product_dtype(hidden)
+    row_bytes = (reduction_dtype(hidden).itemsize + dtype.itemsize) * len(weight)
+    size = chunk_rows(len(hidden), row_bytes, hidden.device, chunk_bytes)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         starts = range(0, max(len(hidden), 1), size)
         return torch.cat(
@@ -47,7 +48,7 @@ def linear_nll(
                 for i in starts
             ]
         )  # fmt: skip
-    return _ChunkedNLL.apply(hidden, targets, weight, bias, shape, size, product_dtype(hidden))
+    return _ChunkedNLL.apply(hidden, targets, weight, bias, shape, size, dtype)
 
 
 def naive_nll(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShape) -> Tensor:
@@ -63,12 +64,16 @@ class _ChunkedNLL(torch.autograd.Function):
         values = hidden.new_empty(n, dtype=accurate)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = weight.to(dtype)
-            buffer = hidden.new_empty(size, len(weight), dtype=accurate)
+            weight = cast(weight, dtype)
+            raw = hidden.new_empty(min(size, n), len(weight), dtype=dtype)
+            finished = raw if dtype == accurate else torch.empty_like(raw, dtype=accurate)
             for start in range(0, n, size):
                 rows = slice(start, min(start + size, n))
-                logits, target = buffer[: rows.stop - start], targets[rows].unsqueeze(-1)
-                product(hidden[rows].to(accurate), weight.T, dtype, out=logits)
+                products, logits = raw[: rows.stop - start], finished[: rows.stop - start]
+                target = targets[rows].unsqueeze(-1)
+                torch.mm(hidden[rows].to(dtype), weight.T, out=products)
+                if products is not logits:
+                    logits.copy_(products)
                 if bias is not None:
                     logits.add_(bias)
                 slope = None
@@ -78,14 +83,17 @@ class _ChunkedNLL(torch.autograd.Function):
                     logits.mul_(shape.softcap)
                 elif shape.scale != 1.0:
                     logits.mul_(shape.scale)
-                values[rows] = logits.logsumexp(-1) - logits.gather(-1, target).squeeze(-1)
+                top, chosen = logits.amax(-1), logits.gather(-1, target).squeeze(-1)
+                torch.softmax(logits, -1, out=logits)
+                # The largest probability is exp(top - logsumexp): the normaliser without another pass of exp.
+                values[rows] = (top - chosen) - logits.amax(-1).log_()
                 if gradient is not None:
-                    torch.softmax(logits, -1, out=logits)
                     logits.scatter_add_(-1, target, torch.full_like(target, -1, dtype=accurate))
                     if slope is not None:
                         logits.mul_(slope)
-                    grad_rows = torch.mm(logits.to(dtype), weight).to(accurate)
-                    gradient[rows] = grad_rows.mul_(shape.scale).to(gradient.dtype)
+                    if shape.scale != 1.0:
+                        logits.mul_(shape.scale)
+                    gradient[rows] = torch.mm(logits.to(dtype), weight)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return values

@@ -6,7 +6,7 @@ import pytest
 import scipy.special
 import torch
 
-from selfaug.ops import linear_kl
+from selfaug.ops import head, kl_rows, linear_kl
 from tests.ops.helpers import (
     DIVERGENCES,
     LargestTensor,
@@ -299,6 +299,110 @@ def test_no_tensor_of_all_rows_and_all_words(softcap, head_trains):
     assert sizes["chunked"] <= 3 * 11 * vocabulary < rows * vocabulary
 
 
+@each_divergence
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distance", [0.3, 30.0])
+def test_blocks_of_rows_change_nothing(divergence, softcap, dtype, distance, monkeypatch):
+    case = make_case(23, 31, 5, bias=True, scale=0.7, temperature=1.5, softcap=softcap, dtype=dtype, distance=distance)
+    arguments = {"divergence": divergence, "reduction": "none", "chunk_bytes": 10**9, **case.head}
+
+    def run():
+        values = linear_kl(case.hidden, case.reference, **arguments)
+        return values.detach(), torch.autograd.grad(values.sum(), case.hidden)[0]
+
+    monkeypatch.setattr(kl_rows, "BLOCK_BYTES_PER_THREAD", 2**30)
+    value, gradient = run()
+    monkeypatch.setattr(kl_rows, "BLOCK_BYTES_PER_THREAD", 1)  # as many rows as there are threads
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    blocks = []
+    inner = kl_rows._finished_rows
+    monkeypatch.setattr(kl_rows, "_finished_rows", lambda t, *rest: (blocks.append(len(t)), inner(t, *rest))[1])
+    block_value, block_gradient = run()
+    assert blocks == [5, 5, 5, 5, 3]
+    # A block with a large difference takes two softmaxes, one without takes one: equal up to rounding.
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(block_value, value, **tolerance)
+    torch.testing.assert_close(
+        block_gradient, gradient, **(tolerance if dtype != torch.bfloat16 else {"rtol": 0.02, "atol": 1e-3})
+    )
+
+
+@each_divergence
+@pytest.mark.parametrize("difference", [29.9, 30.1, 300.0])
+def test_both_ways_around_the_largest_fast_difference(divergence, difference):
+    # One word gains, or loses, so much that it takes all the mass, or gives it up.
+    for sign in (1, -1):
+        hidden = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+        reference = torch.zeros(3, 4, dtype=torch.float64)
+        reference[1, 2] = sign * difference
+        weight = torch.eye(4, dtype=torch.float64)
+        found = linear_kl(hidden, reference, weight, divergence=divergence, reduction="none")
+        expected = plain_kl(hidden, reference, divergence, weight=weight)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        (grad,), (expected_grad,) = (torch.autograd.grad(x.sum(), hidden) for x in (found, expected))
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
+
+
+@each_divergence
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_row_weights(divergence, impl, head_trains):
+    case = make_case(6, 31, 5)
+    case.head["weight"].requires_grad_(head_trains)
+    weights = torch.tensor([0.0, 2.0, 0.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    expected = plain_kl(case.hidden, case.reference, divergence, **case.head) * weights
+    (expected_grad,) = torch.autograd.grad(expected.sum(), case.hidden)
+    arguments = {"divergence": divergence, "impl": impl, "row_weights": weights, **case.head}
+    rows = linear_kl(case.hidden, case.reference, reduction="none", **arguments)
+    torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-12)
+    total = linear_kl(case.hidden, case.reference, reduction="sum", **arguments)
+    mean = linear_kl(case.hidden, case.reference, reduction="mean", **arguments)
+    torch.testing.assert_close(total, expected.sum(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(mean, expected.sum() / 6, rtol=1e-10, atol=1e-12)
+    for loss in (rows.sum(), total):
+        (grad,) = torch.autograd.grad(loss, case.hidden, retain_graph=True)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+def test_rows_of_weight_zero_cost_nothing(monkeypatch):
+    case, seen = make_case(8, 31, 5), []
+    inner = kl_rows.divergence_rows
+    monkeypatch.setattr(kl_rows, "divergence_rows", lambda t, *rest: (seen.append(len(t)), inner(t, *rest))[1])
+    linear_kl(case.hidden, case.reference, row_weights=torch.tensor([1.0, 0, 0, 3, 0, 0, 0, 1]), **case.head)
+    nothing = linear_kl(case.hidden, case.reference, row_weights=torch.zeros(8), **case.head)
+    nothing.backward()
+    assert seen == [3]
+    assert nothing.item() == 0
+    assert not case.hidden.grad.any()
+
+
+def test_a_frozen_head_is_cast_once_and_again_when_it_changes():
+    weight = torch.randn(7, 5)
+    first = head.cast(weight, torch.bfloat16)
+    assert head.cast(weight, torch.bfloat16) is first
+    assert head.cast(weight, torch.float32) is weight
+    weight[3, 2] += 1
+    changed = head.cast(weight, torch.bfloat16)
+    assert torch.equal(changed, weight.bfloat16())
+    assert not torch.equal(changed, first)
+    weight.data = torch.randn(7, 5)
+    assert torch.equal(head.cast(weight, torch.bfloat16), weight.bfloat16())
+    kept = len(head._casts)
+    del weight
+    assert len(head._casts) == kept - 1
+
+
+def test_chunks_are_even_and_within_the_budget():
+    device = torch.device("cpu")
+    assert head.chunk_rows(100, 10, device, 400) == 34  # 40 fit: three chunks of 34, 34 and 32
+    assert head.chunk_rows(100, 10, device, 10**9) == 100
+    assert head.chunk_rows(100, 10, device, 1) == 1
+    assert head.chunk_rows(0, 10, device, 1) == 1
+    assert head.chunk_rows(10**6, 1, device, None) == 10**6
+    assert head.chunk_rows(10**6, 2**20, device, None) == 128
+
+
 def test_wrong_arguments_are_named():
     case = make_case()
     hidden, reference, weight = case.hidden, case.reference, case.head["weight"]
@@ -314,6 +418,7 @@ def test_wrong_arguments_are_named():
         ("divergence must be one of kl_base_tuned, kl_tuned_base, got 'forward'", (hidden, reference, weight),
          {"divergence": "forward"}),
         ("reduction .*'average'", (hidden, reference, weight), {"reduction": "average"}),
+        ("row_weights", (hidden, reference, weight), {"row_weights": weight[:-1, 0]}),
         ("impl .*'fast'", (hidden, reference, weight), {"impl": "fast"}),
     ]  # fmt: skip
     for message, tensors, settings in wrong:
