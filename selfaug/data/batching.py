@@ -5,6 +5,7 @@ known before its first backward pass, its means can be taken over all of its tok
 between two micro-batches.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from selfaug.objective.batch import IGNORE, Role, TokenBatch
+from selfaug.data.collate import collate, pack
+from selfaug.objective.batch import IGNORE, TokenBatch
+
+_NOBODY = -1
+# What one more forward and backward pass costs before its first token, in tokens. A pass reads all weights and starts
+# all kernels; much more than this and short steps are padded to save passes, much less and every example stands alone.
+_PASS = 64
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,16 @@ class MicroBatch:
 class StepSampler(Sampler[list[MicroBatch]]):
     """Yields, for this process, the micro-batches of one optimiser step after another.
 
-    The order is a function of seed and epoch alone. A step's examples are sorted by length before they are cut into
-    micro-batches (less padding; the loss does not depend on it) and dealt to the processes; where they do not divide
-    evenly, a silent repetition keeps the number of forward passes equal, which FSDP needs.
+    Which examples make up a step is a function of seed and epoch alone. Within a step they are sorted by length, dealt
+    to the processes and cut into micro-batches (`cut`); the loss does not depend on any of it.
 
     Args:
         lengths: [n] tokens of each example.
         step_size: examples in one optimiser step, over all processes.
-        micro_batch_size: examples in one forward pass.
+        micro_batch_size: examples in one forward pass; None for no limit.
+        micro_batch_tokens: tokens computed in one forward pass, padding included; None for no limit. A longer example
+            gets a pass of its own.
+        packing: the examples of a micro-batch will be packed and not padded.
     """
 
     def __init__(
@@ -57,13 +66,16 @@ class StepSampler(Sampler[list[MicroBatch]]):
         lengths: np.ndarray,
         *,
         step_size: int,
-        micro_batch_size: int,
+        micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+        packing: bool = False,
         shuffle: bool,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
     ):
-        self.lengths, self.step_size, self.micro_batch_size = lengths, step_size, micro_batch_size
+        self.lengths, self.step_size = lengths, step_size
+        self.micro_batch_size, self.micro_batch_tokens, self.packing = micro_batch_size, micro_batch_tokens, packing
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.epoch = 0
         self.first_step = 0  # where the next iteration begins: set when a run resumes within an epoch
@@ -84,47 +96,69 @@ class StepSampler(Sampler[list[MicroBatch]]):
             yield self._step(order[step * self.step_size : (step + 1) * self.step_size])
 
     def _step(self, indices: np.ndarray) -> list[MicroBatch]:
-        by_length = indices[np.argsort(self.lengths[indices], kind="stable")].tolist()
-        size = min(self.micro_batch_size, -(-len(by_length) // self.world))
-        groups = [MicroBatch(tuple(by_length[i : i + size])) for i in range(0, len(by_length), size)]
-        missing = -len(groups) % self.world
-        groups += [MicroBatch(groups[0].indices[:1], silent=True)] * missing
-        return groups[self.rank :: self.world]
+        by_length = indices[np.argsort(self.lengths[indices], kind="stable")]
+        # [hands, world]: a hand gives every process one example, all of nearly the same length. Cutting between hands
+        # gives all processes equally many micro-batches and, pass by pass, nearly the same work. Where the examples do
+        # not divide evenly, the first hand, of the shortest ones, is not full.
+        missing = -len(by_length) % self.world
+        hands = np.concatenate([np.full(missing, _NOBODY), by_length]).reshape(-1, self.world)
+        sizes = np.where(hands == _NOBODY, 0, self.lengths[hands])  # ascending within a hand
+        longest = sizes[:, -1]
+        work = np.zeros(self.world)
+        for hand, size in zip(hands[::-1], sizes[::-1], strict=True):
+            places = np.argsort(-work, kind="stable")  # who has the least work so far gets the longest
+            hand[places] = hand.copy()
+            work[places] += size
+        groups = []
+        for start, stop in cut(longest, self.micro_batch_size, self.micro_batch_tokens, self.packing):
+            mine = hands[start:stop, self.rank]
+            mine = mine[mine != _NOBODY].tolist()
+            groups.append(MicroBatch(tuple(mine)) if mine else MicroBatch((int(by_length[0]),), silent=True))
+        return groups
+
+
+def cut(lengths: np.ndarray, size: int | None, tokens: int | None, packing: bool = False) -> list[tuple[int, int]]:
+    """Where to cut sequences of ascending `lengths` [n] into micro-batches, as ranges [start, stop).
+
+    Of all the ways that keep to at most `size` sequences and `tokens` computed tokens a micro-batch (None: no limit;
+    a longer sequence stands alone), the one with the least computed tokens + _PASS * number of micro-batches, found by
+    dynamic programming: the best way to cut the first n sequences ends with some last micro-batch, and before that is
+    the best way to cut what is left.
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    best = np.zeros(len(lengths) + 1)  # best[n]: the cost of the first n sequences
+    begin = np.zeros(len(lengths) + 1, dtype=np.int64)  # begin[n]: where their last micro-batch begins
+    for stop in range(1, len(lengths) + 1):
+        start = np.arange(0 if size is None else max(stop - size, 0), stop)
+        computed = ends[stop] - ends[start] if packing else (stop - start) * lengths[stop - 1]
+        allowed = (start == stop - 1) | (computed <= (math.inf if tokens is None else tokens))
+        costs = np.where(allowed, best[start] + computed + _PASS, math.inf)
+        choice = int(costs.argmin())
+        best[stop], begin[stop] = costs[choice], start[choice]
+    ranges = []
+    stop = len(lengths)
+    while stop > 0:
+        ranges.append((int(begin[stop]), stop))
+        stop = int(begin[stop])
+    return ranges[::-1]
 
 
 class StepDataset(TorchDataset):
-    """Turns what StepSampler yields into Steps of padded tensors."""
+    """Turns what StepSampler yields into Steps of tensors, padded or packed."""
 
-    def __init__(self, rows: Dataset, pad_id: int):
-        self.rows, self.pad_id = rows, pad_id
+    def __init__(self, rows: Dataset, pad_id: int, packing: bool = False):
+        self.rows, self.pad_id, self.packing = rows, pad_id, packing
 
     def __getitem__(self, micro_batches: list[MicroBatch]) -> Step:
         return Step(tuple(self._collate(group) for group in micro_batches))
 
     def _collate(self, group: MicroBatch) -> TokenBatch:
-        batch = collate([self.rows[i] for i in group.indices], self.pad_id)
+        rows = [self.rows[i] for i in group.indices]
+        batch = pack(rows) if self.packing else collate(rows, self.pad_id)
         if not group.silent:
             return batch
         # No row of it is an output row or an aligned row: it contributes a zero with a graph.
         return replace(batch, roles=torch.zeros_like(batch.roles), labels=torch.full_like(batch.labels, IGNORE), ids=())
-
-
-def collate(rows: list[dict[str, Any]], pad_id: int) -> TokenBatch:
-    """Pad rows of the token cache on the right to the longest of them."""
-    longest = max(row["length"] for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    roles = torch.full((len(rows), longest), int(Role.PADDING), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        input_ids[i, : row["length"]] = torch.tensor(row["input_ids"])
-        roles[i, : row["length"]] = torch.tensor(row["roles"])
-    return TokenBatch(
-        input_ids,
-        attention_mask=(roles != Role.PADDING).long(),
-        labels=input_ids.masked_fill(roles != Role.RESPONSE, IGNORE),
-        roles=roles,
-        ids=tuple(row["id"] for row in rows),
-        right_padded=True,
-    )
 
 
 class StepLoader(DataLoader):

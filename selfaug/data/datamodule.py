@@ -22,7 +22,9 @@ class RagDataModule(L.LightningDataModule):
         tokenizer: the model's.
         prompt: how they are worded.
         batch_size: examples in one optimiser step, over all processes and micro-batches.
-        micro_batch_size: examples in one forward pass of one process.
+        micro_batch_size: examples in one forward pass of one process; None for no limit.
+        micro_batch_tokens: tokens computed in one forward pass of one process, padding included; None for no limit.
+        packing: put the examples of a forward pass one after another in one row instead of padding them.
         limit_train, limit_val: use the first so many examples; None for all.
         seed: of the order of the training examples.
         cache: where the token cache lies; default selfaug's cache directory.
@@ -35,7 +37,9 @@ class RagDataModule(L.LightningDataModule):
         prompt: PromptConfig,
         *,
         batch_size: int = 16,
-        micro_batch_size: int = 4,
+        micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = 4096,
+        packing: bool = False,
         limit_train: int | None = None,
         limit_val: int | None = None,
         num_workers: int = 0,
@@ -44,12 +48,17 @@ class RagDataModule(L.LightningDataModule):
         progress: bool = True,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
-            if value < 1:
-                raise UserError(f"data.{name}={value} is not allowed: set it to at least 1.")
+        if batch_size < 1:
+            raise UserError(f"data.batch_size={batch_size} is not allowed: set it to at least 1.")
+        for name, limit in (("micro_batch_size", micro_batch_size), ("micro_batch_tokens", micro_batch_tokens)):
+            if limit is not None and limit < 1:
+                raise UserError(f"data.{name}={limit} is not allowed: set it to at least 1, or to null for no limit.")
+        if not isinstance(packing, bool):
+            raise UserError(f"data.packing={packing} is not allowed: set it to true or false.")
         self.source, self.tokenizer = source, tokenizer
         self.builder = PromptBuilder(tokenizer, prompt)
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.batch_size, self.packing = batch_size, packing
+        self.micro_batch_size, self.micro_batch_tokens = micro_batch_size, micro_batch_tokens
         self.limits: dict[str, int | None] = {"train": limit_train, "val": limit_val, "test": None}
         self.num_workers, self.seed, self.progress = num_workers, seed, progress
         self.cache = cache or cache_dir()
@@ -73,7 +82,7 @@ class RagDataModule(L.LightningDataModule):
         return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
     def train_dataloader(self) -> StepLoader:
-        self._train_loader = self._loader("train", self.batch_size, shuffle=True)
+        self._train_loader = self._loader("train", shuffle=True)
         self._train_loader.skip(self._steps_done)
         return self._train_loader
 
@@ -88,18 +97,20 @@ class RagDataModule(L.LightningDataModule):
             self._train_loader.skip(self._steps_done)
 
     def val_dataloader(self) -> StepLoader | list:
-        return self._loader("val", self.micro_batch_size * self._world, shuffle=False) if len(self.rows("val")) else []
+        return self._loader("val", shuffle=False) if len(self.rows("val")) else []
 
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _loader(self, split: Split, step_size: int, shuffle: bool) -> StepLoader:
+    def _loader(self, split: Split, shuffle: bool) -> StepLoader:
         rows = self.rows(split)
         sampler = StepSampler(
             np.asarray(rows.with_format("numpy")["length"]),
-            step_size=step_size,
+            step_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            packing=self.packing,
             shuffle=shuffle,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
@@ -107,4 +118,5 @@ class RagDataModule(L.LightningDataModule):
         )
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return StepLoader(StepDataset(rows, pad_id), sampler, num_workers=self.num_workers, pin_memory=pinned)
+        dataset = StepDataset(rows, pad_id, self.packing)
+        return StepLoader(dataset, sampler, num_workers=self.num_workers, pin_memory=pinned)

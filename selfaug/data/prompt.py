@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,12 +57,25 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class Prompted:
-    """One example as tokens. input_ids, roles: [T]; the first prompt_length tokens are the prompt."""
+    """One example as tokens.
+
+    input_ids, roles, documents: [T], a document being its rank in retrieval order, from 1 (0: the token is of none),
+    wherever in the prompt it is shown; the first prompt_length tokens are the prompt.
+    """
 
     example: Example
     input_ids: list[int]
     roles: list[int]
+    documents: list[int]
     prompt_length: int
+
+
+class _Segment(NamedTuple):
+    """A piece of the prompt's text. document: the rank of the document that it is, 0 for all else."""
+
+    text: str
+    role: Role
+    document: int = 0
 
 
 @dataclass
@@ -126,8 +139,10 @@ class PromptBuilder:
                 segments[i] = self._segments(example, documents)
                 again = self._encode_segments([segments[i]])
                 ids, offsets = again["input_ids"][0], again["offset_mapping"][0]
-            roles = _token_roles(segments[i], offsets) + [int(Role.RESPONSE)] * len(response)
-            prompted = Prompted(example, ids + response, roles, prompt_length=len(ids))
+            roles, ranks = _of_tokens(segments[i], offsets)
+            roles += [int(Role.RESPONSE)] * len(response)
+            ranks += [0] * len(response)
+            prompted = Prompted(example, ids + response, roles, ranks, prompt_length=len(ids))
             self._count(prompted)
             built.append(prompted)
         return built
@@ -142,16 +157,18 @@ class PromptBuilder:
 
     # ---- one example ----------------------------------------------------------------------------------------------
 
-    def _segments(self, example: Example, documents: Sequence[Document]) -> list[tuple[str, Role]]:
-        shown = list(documents)
+    def _segments(self, example: Example, documents: Sequence[Document]) -> list[_Segment]:
+        ranked = list(enumerate(documents, start=1))
         if self.config.shuffle_documents:
-            random.Random(f"{self.config.seed}/{example.id}").shuffle(shown)
-        parts = [(self.chat.before + self.config.instruction + "\n\n", Role.TEMPLATE)]
-        for number, document in enumerate(shown, start=1):
-            parts += [(f"[{number}] ", Role.TEMPLATE), (self._document_text(document), Role.DOCUMENT)]
-            parts.append(("\n\n", Role.TEMPLATE))
-        parts += [("Question: ", Role.TEMPLATE), (self.chat.defuse(example.question), Role.QUESTION)]
-        return [*parts, (self.chat.after, Role.TEMPLATE)]
+            random.Random(f"{self.config.seed}/{example.id}").shuffle(ranked)
+        parts = [_Segment(self.chat.before + self.config.instruction + "\n\n", Role.TEMPLATE)]
+        for number, (rank, document) in enumerate(ranked, start=1):
+            parts.append(_Segment(f"[{number}] ", Role.TEMPLATE))
+            parts.append(_Segment(self._document_text(document), Role.DOCUMENT, rank))
+            parts.append(_Segment("\n\n", Role.TEMPLATE))
+        parts.append(_Segment("Question: ", Role.TEMPLATE))
+        parts.append(_Segment(self.chat.defuse(example.question), Role.QUESTION))
+        return [*parts, _Segment(self.chat.after, Role.TEMPLATE)]
 
     def _document_text(self, document: Document) -> str:
         return self.chat.defuse(f"{document.title}\n{document.text}" if document.title else document.text)
@@ -195,10 +212,10 @@ class PromptBuilder:
         return Document(text, document.title, document.gold) if text else None
 
     def _prompt_tokens(self, example: Example, documents: Sequence[Document]) -> int:
-        return self.count_tokens(["".join(text for text, _ in self._segments(example, documents))])[0]
+        return self.count_tokens([_text(self._segments(example, documents))])[0]
 
-    def _encode_segments(self, segments: list[list[tuple[str, Role]]]) -> Any:
-        return self.chat.encode(["".join(text for text, _ in parts) for parts in segments], offsets=True)
+    def _encode_segments(self, segments: list[list[_Segment]]) -> Any:
+        return self.chat.encode([_text(parts) for parts in segments], offsets=True)
 
     def _count(self, prompted: Prompted) -> None:
         if self.chat.markup is not None:
@@ -212,9 +229,16 @@ class PromptBuilder:
         self.stats.template_tokens += int(counts[Role.TEMPLATE])
 
 
-def _token_roles(segments: list[tuple[str, Role]], offsets: list[tuple[int, int]]) -> list[int]:
-    """The role of each token: that of its middle character; of a token without characters, TEMPLATE."""
-    characters = np.repeat([int(role) for _, role in segments], [len(text) for text, _ in segments])
+def _text(segments: list[_Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+def _of_tokens(segments: list[_Segment], offsets: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Role and document of each token: those of its middle character; of a token without characters, TEMPLATE and 0."""
+    sizes = [len(segment.text) for segment in segments]
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    roles = characters[np.minimum(spans.sum(1) // 2, len(characters) - 1)]
-    return np.where(spans[:, 0] == spans[:, 1], int(Role.TEMPLATE), roles).tolist()
+    middle = np.minimum(spans.sum(1) // 2, sum(sizes) - 1)
+    empty = spans[:, 0] == spans[:, 1]
+    roles = np.repeat([int(segment.role) for segment in segments], sizes)[middle]
+    documents = np.repeat([segment.document for segment in segments], sizes)[middle]
+    return np.where(empty, int(Role.TEMPLATE), roles).tolist(), np.where(empty, 0, documents).tolist()

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -27,13 +26,14 @@ from selfaug.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it whenever the columns or their meaning change
+_FORMAT = 2  # raise it whenever the columns or their meaning change
 _BLOCK = 256  # examples that are tokenised together
 _SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "input_ids": pa.list_(pa.int32()),
         "roles": pa.list_(pa.int8()),
+        "documents": pa.list_(pa.int16()),  # rank of the document that a token is from, from 1; 0: of none
         "prompt_length": pa.int32(),
         "length": pa.int32(),
         "question": pa.string(),
@@ -98,6 +98,7 @@ def _row(prompted: Prompted) -> dict[str, Any]:
         "id": example.id,
         "input_ids": prompted.input_ids,
         "roles": prompted.roles,
+        "documents": prompted.documents,
         "prompt_length": prompted.prompt_length,
         "length": len(prompted.input_ids),
         "question": example.question,
@@ -134,9 +135,3 @@ def _report(data: TokenisedData) -> None:
         raise UserError(
             "No training example is left: check data.path, and raise data.prompt.max_tokens if all were dropped."
         )
-
-
-def iterate(dataset: Dataset, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The first `limit` rows of a split as plain Python objects."""
-    for i in range(len(dataset) if limit is None else min(limit, len(dataset))):
-        yield dataset[i]

@@ -3,10 +3,13 @@
 The loss needs logits of chosen rows only, so it asks for the hidden states of the body and applies the head itself
 (selfaug/ops). What a family does between head and logits (a scale, a soft-cap) is read from its config here, and
 `verify_decoder` compares the outcome with the model's own logits once, so that a family that does something else is
-refused and never trained wrongly.
+refused and never trained wrongly. `verify_packing` does the same for packed rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +32,8 @@ class Tokens(Protocol):
     def attention_mask(self) -> Tensor: ...
     @property
     def roles(self) -> Tensor: ...
+    @property
+    def asking(self) -> Tensor: ...
     @property
     def packed(self) -> bool: ...
     @property
@@ -130,21 +135,58 @@ def verify_decoder(model: nn.Module, tolerance: float = 1e-3) -> None:
     vocabulary = decoder.head.arguments()["weight"].shape[0]
     ids = torch.arange(3, 11, device=device).remainder(vocabulary).unsqueeze(0)
     mask = torch.ones_like(ids)
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with _evaluating(model):
         theirs = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         hidden = decoder.hidden(ids, mask)
-    finally:
-        for module in was_training:
-            module.training = True
     head_dtype = decoder.head.arguments()["weight"].dtype
     ours = decoder.head.logits(hidden.to(head_dtype)).float()
     # In low precision transformers rounds after each step of the head, selfaug only after the product.
-    low = head_dtype.itemsize < 4 or torch.is_autocast_enabled(device.type)
-    allowed = tolerance * (16 if low else 1) * max(theirs.abs().max().item(), 1.0)
+    allowed = tolerance * (16 if _low(head_dtype, device) else 1) * max(theirs.abs().max().item(), 1.0)
     if theirs.shape != ours.shape or not torch.allclose(ours, theirs, rtol=0, atol=allowed):
         raise UserError(
             f"{type(inner).__name__} turns hidden states into logits in a way selfaug does not know: "
             "set model.name to another family, or teach selfaug/model/decoder.py this one."
         )
+
+
+@torch.no_grad()
+def verify_packing(model: nn.Module, tolerance: float = 1e-3) -> None:
+    """Compare the states of a few examples packed with those of each alone; raises UserError where they differ.
+
+    `tolerance` is relative to the length of each state: the two take the same products in another order.
+    """
+    body = Decoder(model).body
+    parameter = next(body.parameters())
+    lengths = (5, 9, 1, 4)
+    edges = [0, 5, 14, 15, 19]
+    ids = torch.arange(3, 3 + sum(lengths), device=parameter.device).unsqueeze(0)
+    problem = UserError(
+        f"{type(body).__name__} does not keep the examples of a packed row apart: set data.packing=false, or "
+        "model.name to another family."
+    )
+    with _evaluating(model):
+        expected = [body(input_ids=part, use_cache=False).last_hidden_state.float() for part in ids.split(lengths, 1)]
+        try:
+            packed = packed_states(body, ids, [(0, *edge) for edge in pairwise(edges)]).float()
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+            raise problem from error
+    alone = torch.cat(expected, 1)
+    allowed = tolerance * (50 if _low(parameter.dtype, parameter.device) else 1) * alone.norm(dim=-1)
+    if not bool(((packed - alone).norm(dim=-1) <= allowed).all()):
+        raise problem
+
+
+def _low(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype.itemsize < 4 or torch.is_autocast_enabled(device.type)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode; on exit every module has its mode back."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

@@ -111,6 +111,26 @@ def load_adapter(base: nn.Module, directory: str | Path) -> PeftModel:
     return PeftModel.from_pretrained(base, str(directory))
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Gradient checkpointing: in training mode the layers keep their inputs only and run again in the backward pass.
+
+    Call it on the model with its adapters. The reference pass, in eval mode, is not affected.
+
+    Raises UserError where the family cannot.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # transformers 5.2x has renamed it and warns about the old name
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"{type(base).__name__} has no gradient checkpointing: set model.gradient_checkpointing=false."
+        ) from error
+    # It has also made the embeddings' output need a gradient, which only reentrant checkpointing has a use for.
+    base.disable_input_require_grads()
+
+
 class _readable_errors:
     """transformers' many ways of saying that a model cannot be had, as one sentence."""
 

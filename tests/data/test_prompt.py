@@ -453,6 +453,47 @@ def test_shuffling_does_not_change_which_documents_give_way(tiny):
         assert sorted(order) == ["z" * 40, "z" * 50]
 
 
+# --- the rank of each token's document ----------------------------------------------------------------------------
+
+
+def by_rank(tokenizer, prompted):
+    """Rank -> the text of its tokens."""
+    ranks = sorted(set(prompted.documents) - {0})
+    pairs = list(zip(prompted.documents, prompted.input_ids, strict=True))
+    return {rank: tokenizer.decode([token for found, token in pairs if found == rank]).strip() for rank in ranks}
+
+
+@pytest.mark.parametrize("example", TRICKY, ids=lambda e: e.id)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_document_token_has_the_rank_of_its_document(tokenizer, example, shuffle):
+    (prompted,), _ = build(tokenizer, [example], shuffle_documents=shuffle)
+    assert len(prompted.documents) == len(prompted.input_ids)
+    marked = [role == Role.DOCUMENT for role in prompted.roles]
+    assert [rank > 0 for rank in prompted.documents] == marked
+    expected = {rank: f"{d.title}\n{d.text}".strip() for rank, d in enumerate(example.documents, start=1)}
+    assert by_rank(tokenizer, prompted) == expected
+
+
+def test_the_rank_is_that_of_retrieval_however_the_documents_are_shown(tiny):
+    names = ["One", "Two", "Three", "Four", "Five"]
+    examples = [Example(str(i), "Who?", ("Me",), tuple(Document(name) for name in names)) for i in range(8)]
+    built, _ = build(tiny, examples, shuffle_documents=True)
+    displayed = [[rank for rank, _ in itertools.groupby(p.documents) if rank] for p in built]
+    assert all(sorted(order) == [1, 2, 3, 4, 5] for order in displayed)
+    assert len({tuple(order) for order in displayed}) > 4
+    assert all(by_rank(tiny, p) == dict(enumerate(names, start=1)) for p in built)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_truncation_keeps_the_ranks(tiny, shuffle):
+    for budget in range(length(tiny, replace(THREE, documents=())), length(tiny, THREE) + 1):
+        (prompted,), stats = build(tiny, [THREE], max_tokens=budget, shuffle_documents=shuffle)
+        kept = by_rank(tiny, prompted)
+        assert list(kept) == list(range(1, len(THREE.documents) - stats.documents_dropped + 1))
+        for rank, document in enumerate(THREE.documents[: len(kept)], start=1):
+            assert f"{document.title}\n{document.text}".strip().startswith(kept[rank])
+
+
 # --- fingerprint and counting -------------------------------------------------------------------------------------
 
 

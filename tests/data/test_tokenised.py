@@ -9,9 +9,10 @@ import tracemalloc
 import pyarrow as pa
 import pytest
 
+from selfaug.data import tokenised
 from selfaug.data.prompt import PromptBuilder, PromptConfig, Prompted
 from selfaug.data.schema import DONT_KNOW, SPLITS, Document, Example
-from selfaug.data.tokenised import iterate, tokenise
+from selfaug.data.tokenised import tokenise
 from selfaug.errors import UserError
 from tests.tiny import tiny_tokenizer
 
@@ -54,7 +55,7 @@ def entries(cache):
 
 
 def contents(data):
-    return {split: list(iterate(data[split])) for split in SPLITS}
+    return {split: list(data[split]) for split in SPLITS}
 
 
 def build(source, cache, **settings):
@@ -67,21 +68,20 @@ def test_what_is_read_back_is_what_was_built(tmp_path):
     for split in SPLITS:
         built = builder().build(list(source.examples(split, None)))
         assert len(built) == len(data[split]) == source.sizes[split]
-        for row, prompted in zip(iterate(data[split]), built, strict=True):
+        for row, prompted in zip(data[split], built, strict=True):
             example = prompted.example
             assert row == {
                 "id": example.id,
                 "input_ids": prompted.input_ids,
                 "roles": prompted.roles,
+                "documents": prompted.documents,
                 "prompt_length": prompted.prompt_length,
                 "length": len(prompted.input_ids),
                 "question": example.question,
                 "answers": list(example.answers),
                 "answerable": example.answerable,
             }
-    assert [row["id"] for row in iterate(data["val"], limit=2)] == ["val-0", "val-1"]
-    assert len(list(iterate(data["val"], limit=9))) == 3
-    assert list(iterate(data["val"], limit=0)) == []
+            assert set(row["documents"]) == {0, 1}
 
 
 def test_a_cache_is_built_once(tmp_path):
@@ -113,6 +113,15 @@ def test_whatever_changes_the_tokens_makes_another_entry(tmp_path):
     assert again.reads == []
 
 
+def test_a_cache_of_an_older_format_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenised, "_FORMAT", 1)  # without the ranks of the documents
+    old = build(Numbered(), tmp_path)
+    monkeypatch.undo()
+    again = Numbered()
+    assert build(again, tmp_path).fingerprint != old.fingerprint
+    assert again.reads == list(SPLITS)
+
+
 def test_it_is_mapped_and_not_loaded(tmp_path):
     build(Numbered((400, 3, 2), words=50), tmp_path)
     before = pa.total_allocated_bytes()
@@ -129,7 +138,7 @@ class Quick(PromptBuilder):
     """Under tracemalloc the real tokenizer takes a minute."""
 
     def build(self, examples):
-        return [Prompted(example, [5] * 8, [1] * 4 + [4] * 4, prompt_length=4) for example in examples]
+        return [Prompted(example, [5] * 8, [1] * 4 + [4] * 4, [0] * 8, prompt_length=4) for example in examples]
 
 
 def test_a_large_source_is_streamed(tmp_path):
@@ -153,7 +162,7 @@ def test_a_large_source_is_streamed(tmp_path):
 def test_splits_may_be_empty_but_not_the_training_one(tmp_path):
     data = build(Numbered((3, 0, 0)), tmp_path)
     assert [len(data[split]) for split in SPLITS] == [3, 0, 0]
-    assert list(iterate(data["val"])) == []
+    assert list(data["val"]) == []
     for _ in range(2):  # built, then found
         with pytest.raises(UserError, match=r"^No training example is left: check data\.path, and raise .*\.$"):
             build(Numbered((0, 2, 2)), tmp_path)
