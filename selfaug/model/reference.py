@@ -59,7 +59,7 @@ class AdaptersOff:
     def states(self, decoder: Decoder, tokens: Tokens, *, masked: bool, score: Score | None = None) -> ReferenceStates:
         with adapters_off(decoder.model):
             if score == "attention":
-                with received_attention(decoder.model, tokens) as received:
+                with received_attention(decoder.body, tokens) as received:
                     hidden = decoder.states(tokens, masked=masked)
                 return ReferenceStates(hidden, received())
             hidden = decoder.states(tokens, masked=masked)
@@ -100,9 +100,27 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def check_reference(model: nn.Module) -> None:
-    """Raise UserError, saying what to change, unless `adapters_off(model)` is exactly the base model."""
+    """Raise UserError, saying what to change, unless `adapters_off(model)` is exactly the base model, and stays it."""
+    check_adapters(model)
+    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise UserError(
+            "The model has no adapters that could be switched off for the reference: set adapter=lora, or wrap the "
+            "model with peft.get_peft_model."
+        )
+    outside = trains_outside(model)
+    if outside:
+        shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
+        raise UserError(
+            f"These weights train outside the adapters, so switching the adapters off no longer gives the base model: "
+            f"{shown}; freeze them (adapter.bias=none, requires_grad_(False))."
+        )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise UserError, saying what to change, where `adapters_off(model)` is not even the base model before training.
+
+    A model without adapters passes."""
     Decoder(model)  # refuses an adapter on the head
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise UserError(
@@ -115,13 +133,12 @@ def check_reference(model: nn.Module) -> None:
                 f"adapter.init_lora_weights={init} rewrites the base weights, so switching the adapter off no longer "
                 "gives the base model: set adapter.init_lora_weights=true, gaussian, orthogonal or eva."
             )
-    if not layers:
-        raise UserError(
-            "The model has no adapters that could be switched off for the reference: set adapter=lora, or wrap the "
-            "model with peft.get_peft_model."
-        )
-    if any(layer.merged for layer in layers):
+    if any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer)):
         raise UserError("The adapters are merged into the base weights: call unmerge_adapter() before training.")
+
+
+def trains_outside(model: nn.Module) -> list[str]:
+    """The names of the weights that train and are not an adapter's."""
     inside = {
         id(p)
         for module in model.modules()
@@ -129,10 +146,4 @@ def check_reference(model: nn.Module) -> None:
         for name, p in module.named_parameters()
         if not name.startswith(("base_layer.", "original_module."))
     }
-    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    if outside:
-        shown = ", ".join(outside[:3]) + (f" and {len(outside) - 3} more" if len(outside) > 3 else "")
-        raise UserError(
-            f"These weights train outside the adapters, so switching the adapters off no longer gives the base model: "
-            f"{shown}; freeze them (adapter.bias=none, requires_grad_(False))."
-        )
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]

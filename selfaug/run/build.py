@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,11 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from selfaug.data.datamodule import RagDataModule
 from selfaug.data.prompt import PromptConfig
 from selfaug.errors import UserError
-from selfaug.model.decoder import verify_decoder
-from selfaug.model.load import add_adapter, load_base, load_tokenizer
+from selfaug.model.cache import CachedReference
+from selfaug.model.decoder import verify_decoder, verify_packing
+from selfaug.model.entries import DiskEntries, MemoryEntries
+from selfaug.model.load import add_adapter, load_base, load_tokenizer, recompute_activations
+from selfaug.model.reference import AdaptersOff, Reference
 from selfaug.model.shard import shard
 from selfaug.module import OptimizerConfig, SelfAugModule
 from selfaug.objective import Objective
+from selfaug.paths import cache_dir
+from selfaug.run.identity import caches_reference
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -77,11 +83,14 @@ def _has_bf16() -> bool:
 
 # Lightning's settings that would count micro-batches or cut epochs behind the back of our own.
 _NOT_FOR_THE_TRAINER = {
-    "accumulate_grad_batches": "data.batch_size and data.micro_batch_size",
+    "accumulate_grad_batches": "data.batch_size and data.micro_batch_tokens",
     "gradient_clip_val": "optimizer.max_grad_norm",
     "limit_train_batches": "data.limit_train or trainer.max_steps",
     "overfit_batches": "data.limit_train",
 }
+
+
+_MAY_BE_NULL = ("adapter.r", "data.limit_train", "data.micro_batch_size", "data.micro_batch_tokens")
 
 
 def check(config: DictConfig) -> None:
@@ -93,11 +102,12 @@ def check(config: DictConfig) -> None:
         ("evaluation.rag.max_new_tokens", 1, None),
         ("data.batch_size", 1, None),
         ("data.micro_batch_size", 1, None),
+        ("data.micro_batch_tokens", 1, None),
         ("adapter.r", 1, None),
         ("data.limit_train", 1, None),
     ):
         value = OmegaConf.select(config, name)
-        if value is None and name in ("data.limit_train", "adapter.r"):
+        if value is None and name in _MAY_BE_NULL:
             continue
         if not isinstance(value, int) or value < least or (most is not None and value > most):
             raise UserError(
@@ -140,7 +150,26 @@ def base_model(config: DictConfig) -> torch.nn.Module:
 
 def objective(config: DictConfig) -> Objective:
     """NLL and the terms of the method."""
-    return Objective({str(name): make(term, "method") for name, term in config.method.terms.items()})
+    terms = {str(name): make(term, "method") for name, term in config.method.terms.items()}
+    if caches_reference(config) and any(getattr(term, "official", False) for term in terms.values()):
+        raise UserError(
+            "alignment.official=true counts padding, which the reference cache does not keep: set reference.cache=off "
+            "with it."
+        )
+    return Objective(terms, reference(config))
+
+
+def reference(config: DictConfig) -> Reference:
+    """Where the base model's states come from: adapters off, or a cache of that."""
+    wanted = config.reference
+    if not caches_reference(config):
+        return AdaptersOff()
+    if wanted.cache == "memory":
+        return CachedReference(MemoryEntries(), wanted.limit_gb)
+    if wanted.cache == "disk":
+        directory = Path(wanted.directory).expanduser() if wanted.directory else cache_dir() / "reference"
+        return CachedReference(DiskEntries(directory), wanted.limit_gb)
+    raise UserError(f"reference.cache={wanted.cache} is unknown: set it to off, memory or disk.")
 
 
 def module(config: DictConfig) -> SelfAugModule:
@@ -149,8 +178,12 @@ def module(config: DictConfig) -> SelfAugModule:
     goal = objective(config)  # first: a wrong alpha should not have to wait for the model
     optimizer = call(OptimizerConfig, "optimizer", **plain(config.optimizer))
     model = add_adapter(base_model(config), make(config.adapter, "adapter"))
+    if config.model.gradient_checkpointing:
+        recompute_activations(model)
     with precision(config).autocast("cpu"):  # where the model still is
         verify_decoder(model)
+        if config.data.packing:
+            verify_packing(model)
     sharded = "ModelParallel" in str(OmegaConf.select(config, "trainer.strategy._target_"))
     return SelfAugModule(model, goal, optimizer, seed=config.seed, shard=shard if sharded else None)
 

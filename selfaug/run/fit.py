@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from torch.distributed.tensor import DTensor
 
+from selfaug.callbacks.reference_fill import FillReference
 from selfaug.callbacks.saving import SaveCheckpoints, newest_checkpoint
 from selfaug.callbacks.throughput import Throughput
 from selfaug.data.datamodule import RagDataModule
 from selfaug.errors import UserError
+from selfaug.model.cache import CachedReference
 from selfaug.module import SelfAugModule
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, write_json
@@ -34,7 +37,10 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     module = build.module(config)
     throughput = Throughput()
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
-    trainer = build.trainer(config, [throughput, saving], loggers, str(run.path))
+    callbacks: list[Callback] = [throughput, saving]
+    if module.objective.terms and isinstance(module.objective.reference, CachedReference):
+        callbacks.append(FillReference(module.objective.reference, data, config.progress))
+    trainer = build.trainer(config, callbacks, loggers, str(run.path))
     checkpoint = _resume_from(config, run)
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint)

@@ -18,10 +18,12 @@ from selfaug.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# What does not change the result. `alignment` only feeds method.terms, which is in the hash where it is used.
+# What does not change the result. `alignment` only feeds method.terms, which is in the hash where it is used; of
+# `reference` see config_hash.
 IRRELEVANT = frozenset(
-    {"alignment", "callbacks", "ckpt_path", "force", "hydra", "logger", "paths", "progress", "run_name", "tags"}
-)
+    {"alignment", "callbacks", "ckpt_path", "force", "hydra", "logger", "paths", "progress", "reference", "run_name",
+     "tags"}
+)  # fmt: skip
 _IRRELEVANT_DATA = frozenset({"num_workers"})
 
 
@@ -35,9 +37,18 @@ def config_hash(config: DictConfig) -> str:
     }
     if config.get("ckpt_path") not in ("auto", None):  # a start from elsewhere is another run
         relevant["ckpt_path"] = config.ckpt_path
+    if caches_reference(config) and OmegaConf.select(config, "method.terms"):
+        # The cache computes each example alone, which rounds differently: a run is cached from its first to its last
+        # step, or never. Where it is kept makes no difference.
+        relevant["reference"] = "cached"
     data: Any = relevant.get("data") or {}
     relevant["data"] = {k: v for k, v in data.items() if k not in _IRRELEVANT_DATA}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def caches_reference(config: DictConfig) -> bool:
+    """Whether reference.cache is anything but off, which YAML also reads as false."""
+    return OmegaConf.select(config, "reference.cache", default="off") not in ("off", False)
 
 
 def register_resolvers() -> None:

@@ -1,0 +1,74 @@
+"""Fills the reference cache before the first step."""
+
+import copy
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import lightning as L
+import torch
+
+from selfaug.data.collate import collate
+from selfaug.data.datamodule import RagDataModule
+from selfaug.model.cache import CachedReference, Processes
+from selfaug.model.decoder import Decoder
+from selfaug.objective.batch import TokenBatch
+
+
+class FillReference(L.Callback):
+    """Fills `cache` with the examples of `data` that the training and its validation will see.
+
+    A kill meanwhile costs nothing that is on disk: the same command goes on from there.
+    """
+
+    def __init__(self, cache: CachedReference, data: RagDataModule, progress: bool = True):
+        self.cache, self.data, self.progress = cache, data, progress
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # Here the model is on its device, and sharded if it is to be; where a checkpoint has been read, it has
+        # brought adapters only.
+        pad_id = self.data.tokenizer.pad_token_id or 0
+        examples = _Rows(self._needed(trainer), pad_id)
+        scores = {term.sampling.score for term in pl_module.objective.terms.values()} - {None}
+
+        def most(number: int) -> int:
+            return int(trainer.strategy.reduce(torch.tensor(number, device=pl_module.device), reduce_op="max"))
+
+        with trainer.precision_plugin.train_step_context():
+            self.cache.fill(
+                Decoder(pl_module.model),
+                examples,
+                score=scores.pop() if scores else None,
+                processes=Processes(trainer.global_rank, trainer.world_size, trainer.num_nodes, most),
+                progress=self.progress and trainer.is_global_zero,
+            )
+        trainer.strategy.barrier()
+
+    def _needed(self, trainer: L.Trainer) -> list[tuple[Any, Sequence[int]]]:
+        """(data set, which of its rows): of the training all, or those of its steps where they are less than an
+        epoch."""
+        train, val = self.data.rows("train"), self.data.rows("val")
+        steps = int(trainer.estimated_stepping_batches)
+        # Of all processes, whichever of them is to meet an example: the order is the same in each.
+        loader: Any = trainer.train_dataloader
+        sampler = copy.copy(loader.sampler)
+        sampler.rank, sampler.world, sampler.first_step, sampler.epoch = 0, 1, 0, 0
+        used: Sequence[int] = range(len(train))
+        if steps < len(sampler):
+            used = sorted({i for step in islice(iter(sampler), steps) for group in step for i in group.indices})
+        return [(train, used), (val, range(len(val) if trainer.limit_val_batches else 0))]
+
+
+class _Rows:
+    """Rows of the token cache as batches of one, read when they are asked for."""
+
+    def __init__(self, parts: list[tuple[Any, Sequence[int]]], pad_id: int):
+        self._rows = [(rows, i) for rows, indices in parts for i in indices]
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> TokenBatch:
+        rows, i = self._rows[number]
+        return collate([rows[i]], self._pad_id)
