@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo test lint format wheel clean
+.PHONY: help install assets demo test benchmarks lint format wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ demo: assets ## fine-tune the packaged model with SelfAug, then show what it lea
 # One thread per process: the models of the tests are tiny, and more threads only wait for each other.
 test: assets ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+benchmarks: assets ## time and memory, side by side, and the tables of docs/speed.md (hours; needs a quiet machine)
+	$(BIN)/python -m benchmarks.all
+	$(BIN)/python -m benchmarks.tables
 
 lint: install ## style and types
 	$(BIN)/ruff check .
