@@ -6,7 +6,7 @@ pass, for the gradient only, reads the products again and overwrites one of them
 products' dtype, where kl_rows.py, the same in torch, makes over twenty, most of them in float32.
 
 Rounding. Base logits are never formed where they would be rounded to the size of a logit: t + d with t = 30 and
-d = 1e-4 has lost d to two digits. The base distribution is taken relative to a token (its t and its d apart):
+d = 1e-4 has lost d to two digits. The base distribution is taken relative to a point with a t and a d of its own:
 (t - t_top) + (d - d_top). Where all d are 0 this is t - t_top, and both sums see the same numbers in the same order;
 kl_triton.py launches without floating-point contraction so that a compiler cannot make them differ.
 """
@@ -103,9 +103,8 @@ def divergence_rows_kernel(
     top = tl.max(tuned_top, 0)
     tuned_factor = tl.exp(tuned_top - top)
     tuned_total = tl.sum(tuned_sum * tuned_factor, 0)
-    highest = tl.max(base_top + base_lift, 0)
-    reference = tl.max(tl.where(base_top + base_lift == highest, base_top, LOWEST), 0)
-    lift = highest - reference  # any point near the maximum serves, so its rounding does no harm
+    reference = tl.max(base_top, 0)
+    lift = tl.max(base_top + base_lift, 0) - reference  # any point near the maximum serves: its rounding does no harm
     base_factor = tl.exp((base_top - reference) + (base_lift - lift))
     base_total = tl.sum(base_sum * base_factor, 0)
     c = (reference - top) + lift + tl.log(tl.div_rn(base_total, tuned_total))  # div_rn: x / x is 1, exactly

@@ -25,6 +25,10 @@ from selfaug.ops import kl_rows, kl_triton
 from selfaug.ops.head import HeadShape, cast, check_head, chunk_rows, head_logits, product_dtype, reduction_dtype
 from selfaug.ops.kl_rows import DIVERGENCES, Divergence
 
+# The logits are faster in large products, the gradient, whose sums run over the whole vocabulary, in smaller ones
+# (bfloat16 on a CPU with AMX, 682 rows: 62 ms and 140 ms; the gradient in two halves: 80 ms).
+GRADIENT_ROWS = 384
+
 
 def linear_kl(
     hidden: Tensor,
@@ -162,7 +166,8 @@ class _ChunkedKL(torch.autograd.Function):
                 torch.mm((reference[rows].to(accurate) - hidden_rows).to(dtype), weight.T, out=difference)
                 values[rows] = between(tuned, difference, bias, shape, divergence, needs_gradient)
                 if gradient is not None:  # `tuned` now holds dKL/d(h W^T)
-                    gradient[rows] = torch.mm(tuned, weight)
+                    pieces = -(-len(tuned) // GRADIENT_ROWS) if tuned.device.type == "cpu" else 1
+                    gradient[rows] = torch.cat([torch.mm(piece, weight) for piece in tuned.chunk(pieces)])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return values
