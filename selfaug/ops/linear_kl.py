@@ -124,7 +124,7 @@ def _chunked_kl(
     chunk_bytes: int | None,
 ) -> Tensor:
     dtype = product_dtype(hidden)
-    triton = impl == "triton" or (impl == "auto" and kl_triton.available(hidden.device))
+    triton = impl == "triton" or (impl == "auto" and dtype != torch.float64 and kl_triton.available(hidden.device))
     # Two buffers in the products' dtype; without a kernel, on an accelerator, four more to compute in.
     row_bytes = 2 * dtype.itemsize * len(weight)
     if not triton and hidden.device.type != "cpu":

@@ -140,7 +140,8 @@ def test_the_self_check_refuses_a_wrong_kernel(pretend_kernel, caplog, fault, di
 def test_float64_and_elements_apart_go_to_the_torch_code(divergence):
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 3, 34, generator=generator)
-    for tuned, difference in ((wide[0].double(), wide[1].double()), (wide[0, :, ::2], wide[1, :, ::2])):
+    apart, dense = wide[:, :, ::2], wide[:, :, 17:].clone()
+    for tuned, difference in ((wide[0].double(), wide[1].double()), (apart[0], dense[1]), (dense[0], apart[1])):
         expected_gradient = tuned.clone()
         expected = kl_rows.divergence_rows(expected_gradient, difference.clone(), None, HeadShape(), divergence, True)
         found = kl_triton.divergence_rows(tuned, difference, None, HeadShape(), divergence, True)
@@ -284,6 +285,18 @@ def test_kernel_keeps_small_differences_under_large_logits(divergence):
     values = kl_triton.divergence_rows(tuned, difference, None, HeadShape(), divergence, True)
     assert (values - expected).abs().max() < 3e-7
     assert relative_error(tuned, exact) < 5e-5
+
+
+@runs_kernel
+def test_kernel_keeps_small_differences_under_the_cap():
+    # tanh a - tanh b, subtracted, or a tanh good to 6e-8 of 1, would leave two digits. (In this direction the
+    # gradient is as accurate as the differences; in the other the normaliser's rounding counts.)
+    tuned, difference = normal(2, 3000, std=8.0, seed=1), normal(2, 3000, std=1e-4, seed=2)
+    difference[1] *= 3e4
+    shape = HeadShape(softcap=20.0)
+    _, exact = formula(tuned, difference, None, shape, "kl_tuned_base")
+    kl_triton.divergence_rows(tuned, difference, None, shape, "kl_tuned_base", True)
+    assert max(map(relative_error, tuned, exact)) < 5e-6
 
 
 @runs_kernel
