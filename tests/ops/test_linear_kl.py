@@ -400,7 +400,7 @@ def test_chunks_are_even_and_within_the_budget():
     assert head.chunk_rows(100, 10, device, 1) == 1
     assert head.chunk_rows(0, 10, device, 1) == 1
     assert head.chunk_rows(10**6, 1, device, None) == 10**6
-    assert head.chunk_rows(10**6, 2**20, device, None) == 128
+    assert head.chunk_rows(10**6, 2**20, device, None) == 144
 
 
 def test_wrong_arguments_are_named():
