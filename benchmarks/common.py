@@ -50,7 +50,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for number in range(rounds):
-        for name in list(calls):
+        for name in random.Random(number).sample(list(calls), len(calls)):
             times[name].append(stopwatch(calls[name], device))
         if number >= 2 and time.perf_counter() - began > seconds:
             break

@@ -70,7 +70,7 @@ def loader(rows: Rows, lengths: np.ndarray, batching: str, step_size: int, argum
     else:
         tokens = arguments.micro_batch_tokens
         sampler = StepSampler(lengths, micro_batch_tokens=tokens, packing=packing, **common_arguments)
-    return StepLoader(StepDataset(rows, 0, packing), sampler)  # type: ignore[arg-type]
+    return StepLoader(StepDataset(rows, 0, packing), sampler)
 
 
 def measure(
@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     arguments.device = "cpu"  # nothing here runs on another
     if arguments.quick:
-        arguments.data, arguments.steps_of, arguments.micro_batch_tokens = ("long-tailed",), (4,), 512
+        arguments.data, arguments.steps_of = ("long-tailed",), (4,)
+        arguments.micro_batch_tokens, arguments.examples_in_pass = 512, 2
     table: list[Row] = []
     with TemporaryDirectory() as work:
         decoder = Decoder(adapted(model_folder(f"{RANDOM}tiny", Path(work)), "cpu").float())

@@ -34,7 +34,7 @@ def goals() -> list[Goal]:
     found: list[Goal] = []
     for shape in _SHAPES:
         for dtype, most in (("float32", 1.15), ("bf16", 1.5)):
-            rows = {"case": shape, "dtype": dtype, "implementation": "selfaug"}
+            rows: Row = {"case": shape, "dtype": dtype, "implementation": "selfaug"}
             name = f"op at ({shape}), {dtype}"
             found += [
                 Goal(f"{name}: time, of the three bare products", "linear_kl-cpu", rows, "ratio", most=most),
@@ -56,7 +56,7 @@ def goals() -> list[Goal]:
         rows = {"model": _MODEL, "context": 1024, "implementation": mode}
         found.append(Goal(f"optimiser step, {about}: time, of plain LoRA's", "step-cpu", rows, "ratio", most=most))
         found.append(Goal(f"optimiser step, {about}: peak memory", "step-cpu", rows, "memory_ratio", most=1.10))
-    cheap = {"implementation": "cheap", "runs": 5}
+    cheap: Row = {"implementation": "cheap", "runs": 5}
     found.append(Goal("sweep of five alphas, cache and sampling: plain runs", "sweep-cpu", cheap, "ratio", most=5.6))
     for data in ("squad", "long-tailed"):
         for way in ("budget", "packed"):

@@ -99,7 +99,8 @@ def measure(shape: Shape, dtype: str, arguments: argparse.Namespace) -> list[Row
         together, chunks, shape, dtype, device, arguments.rounds, arguments.seconds,
         limit_bytes=common.memory_limit(device), fresh=fresh,
     )  # fmt: skip
-    times, failed = answer or ({}, dict.fromkeys(chunks, why))
+    nothing: tuple[dict[str, list[float]], dict[str, Any]] = ({}, dict.fromkeys(chunks, why))
+    times, failed = answer or nothing
     for name, message in failed.items():
         rows[name]["why"] = f"timing: {message}"
     official = times.get("official")

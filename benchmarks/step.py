@@ -47,6 +47,14 @@ COLUMNS = (
 )
 
 
+def objective_of(mode: str) -> Objective:
+    """What a mode trains on, other than official."""
+    reference = CachedReference(MemoryEntries()) if mode.startswith("cache") else None
+    sampling: dict[str, Any] = {"rows": "random", "share": SHARE} if mode.endswith("sampling") else {}
+    terms = {} if mode == "plain" else {"kl": LogitAlignment(ALPHA, **sampling)}
+    return Objective(terms, reference=reference)
+
+
 class Training:
     """A model, a batch and an optimiser; `step(mode)` trains on the batch once."""
 
@@ -81,10 +89,7 @@ class Training:
     def _loss(self, mode: str) -> Callable[[], torch.Tensor]:
         if mode == "official":
             return self._official
-        reference = CachedReference(MemoryEntries()) if mode.startswith("cache") else None
-        sampling: dict[str, Any] = {"rows": "random", "share": SHARE} if mode.endswith("sampling") else {}
-        terms = {} if mode == "plain" else {"kl": LogitAlignment(ALPHA, **sampling)}
-        objective = Objective(terms, reference=reference)
+        objective = objective_of(mode)
         return lambda: objective(
             self.decoder, self.batch, objective.count(self.batch), draw=(0, self.number)
         ).loss  # fmt: skip

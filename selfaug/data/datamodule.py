@@ -38,7 +38,7 @@ class RagDataModule(L.LightningDataModule):
         *,
         batch_size: int = 16,
         micro_batch_size: int | None = None,
-        micro_batch_tokens: int | None = 4096,
+        micro_batch_tokens: int | None = 2048,
         packing: bool = False,
         limit_train: int | None = None,
         limit_val: int | None = None,

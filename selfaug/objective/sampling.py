@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selfaug.errors import UserError
-from selfaug.objective.batch import Role, TokenBatch
+from selfaug.objective.batch import TokenBatch
 
 Rows = Literal["all", "random", "entropy", "attention", "document_rank"]
 # Of the draws, this share is uniform whatever the score, which bounds the weights by 1 / (UNIFORM * share).

@@ -24,6 +24,7 @@ from selfaug.model.cache import CachedReference
 from selfaug.module import SelfAugModule
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, write_json
+from selfaug.run.memory import MemoryPlan
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     module = build.module(config)
     throughput = Throughput()
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
-    callbacks: list[Callback] = [throughput, saving]
+    plan = MemoryPlan(data)
+    callbacks: list[Callback] = [plan, throughput, saving]
     if module.objective.terms and isinstance(module.objective.reference, CachedReference):
         callbacks.append(FillReference(module.objective.reference, data, config.progress))
     trainer = build.trainer(config, callbacks, loggers, str(run.path))
@@ -71,6 +73,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
                 "tokens": throughput.tokens,
                 "steps": trainer.global_step,
                 "peak_bytes": peak,
+                "memory_plan": plan.parts,
             },
         )
     trainer.strategy.barrier()

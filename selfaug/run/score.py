@@ -1,6 +1,5 @@
 """The scoring stage of a run: base and tuned model on the same questions and texts, in the same process."""
 
-import gc
 import logging
 import time
 from typing import Any
@@ -17,6 +16,7 @@ from selfaug.model.reference import adapters_off
 from selfaug.reporting.results import Results, code_version, environment
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, config_hash
+from selfaug.run.machine import free_unused
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
     The adapter is read back from disk, so what is scored is what was saved.
     """
     started = time.perf_counter()
-    gc.collect()  # of the trained model's reference cycles: a second one is loaded now
+    free_unused()  # of the training: a second model is loaded now
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
     model = load_adapter(build.base_model(config), run.adapter).to(device)

@@ -16,6 +16,8 @@ from unittest import mock
 import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from selfaug.errors import UserError
 from selfaug.model import cache as cache_module
@@ -442,6 +444,18 @@ def test_a_file_of_another_model_or_example_is_not_used(entry, tmp_path_factory)
         with passes() as lengths:
             assert torch.equal(states(on_disk(directory), model, batch).hidden, expected)
         assert lengths == [5]
+
+
+@pytest.mark.parametrize("change", [lambda v: v.view(torch.int32), lambda v: v.view(5, 2, HIDDEN // 2)])
+def test_the_same_bytes_as_another_type_or_shape_are_not_used(entry, change):
+    directory, _, _, file, _ = entry
+    place = entry_of(file)
+    with safe_open(file, "pt") as opened:
+        values, metadata = opened.get_tensor("values").clone(), opened.metadata()
+    save_file({"values": values}, file, metadata)
+    assert DiskEntries(directory).get(*place) is not None
+    save_file({"values": change(values)}, file, metadata)
+    assert DiskEntries(directory).get(*place) is None
 
 
 def test_an_entry_of_another_format_is_not_used(entry):

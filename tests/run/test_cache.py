@@ -199,6 +199,18 @@ def test_scores_are_cached_with_the_states(runs: Runs, tmp_path: Path, rows: str
     assert adapter(again) == adapter(first)
 
 
+def test_the_cache_is_filled_under_the_autocast_of_the_training(runs: Runs, tmp_path: Path):
+    setting = ("trainer.precision=bf16-mixed", "trainer.max_steps=4", *disk(tmp_path / "cache"))
+    with passes() as keys:
+        run = runs.done(*setting)
+    assert len(keys) == len(set(keys)) == len(entries(tmp_path / "cache")) == 4 * 4 + 4
+    plain = runs.into(tmp_path / "plain").done(*setting, "reference.cache=off")
+    found, expected = ([float(row["train/kl"]) for row in metrics(directory)] for directory in (run, plain))
+    assert expected[0] == 0
+    assert 0 <= found[0] < 1e-3  # the rounding of two passes of other shapes
+    assert found == pytest.approx(expected, rel=0.05, abs=1e-3)
+
+
 def test_packed_batches_find_the_same_entries(cold: tuple[Path, Path], runs: Runs):
     with passes() as keys:
         runs.done(*LONG, "data.packing=true", *disk(cold[1]))
