@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from selfaug.assets import asset_path
+from selfaug.data import prompt
 from selfaug.data.prompt import PromptBuilder, PromptConfig
 from selfaug.data.schema import DONT_KNOW, Document, Example
 from selfaug.errors import UserError
@@ -482,6 +483,13 @@ def test_the_rank_is_that_of_retrieval_however_the_documents_are_shown(tiny):
     assert all(sorted(order) == [1, 2, 3, 4, 5] for order in displayed)
     assert len({tuple(order) for order in displayed}) > 4
     assert all(by_rank(tiny, p) == dict(enumerate(names, start=1)) for p in built)
+
+
+def test_a_token_without_characters_is_of_no_document():
+    segments = [prompt._Segment("ab", Role.TEMPLATE), prompt._Segment("cdef", Role.DOCUMENT, 3)]
+    roles, documents = prompt._of_tokens(segments, [(0, 2), (2, 4), (4, 4), (4, 6)])
+    assert roles == [Role.TEMPLATE, Role.DOCUMENT, Role.TEMPLATE, Role.DOCUMENT]
+    assert documents == [0, 3, 0, 3]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
