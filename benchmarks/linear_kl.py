@@ -7,6 +7,7 @@ first 128 rows. Memory is what the peak lies above the inputs.
 """
 
 import argparse
+import re
 from typing import Any
 
 import torch
@@ -130,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     unknown = (set(arguments.only) - set(IMPLEMENTATIONS)) | (set(arguments.dtypes) - set(DTYPES))
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if not all(re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text) for text in arguments.shapes.split(",")):
+        parser.error(f"--shapes {arguments.shapes} is not of the form TxVxd: write 2048x49152x576, several with commas")
     rows: list[Row] = []
     out = common.out_path(arguments, "linear_kl")
     for text in arguments.shapes.split(","):

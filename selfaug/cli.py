@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from selfaug import processor
 from selfaug.errors import UserError
 from selfaug.run.identity import register_resolvers
 
@@ -36,10 +37,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     # Hydra prints its own paragraphs unless it is told to raise.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # On CPUs torch keeps the kernels that it has compiled for a shape of batch, 20 MB of them, for the last 34 shapes;
-    # batches of text hardly ever have the same shape again.
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "256")
+    processor.tune()
     with _user_errors():
         # The inner one, because Hydra prints a line of its own about an exception that leaves a job.
         hydra.main(version_base="1.3", config_path="pkg://selfaug.conf", config_name=config_name)(

@@ -55,6 +55,15 @@ def test_linear_kl(tmp_path, capsys):
     assert "gradient error" in printed
 
 
+@pytest.mark.parametrize("shapes", ["2048", "64x1000", "64x0x32", "axbxc", ""])
+def test_a_wrong_shape_is_one_sentence(shapes, capsys):
+    with pytest.raises(SystemExit):
+        linear_kl.main(["--shapes", shapes])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "TxVxd" in message
+    assert f"--shapes {shapes}" in message
+
+
 def test_step(tmp_path):
     rows = by_name(run(step.main, tmp_path / "step.json", "--only", ",".join(step.ALL_MODES)))
     assert set(rows) == {"plain", "selfaug", "cache", "cache+sampling", "official", "sampling"}

@@ -1,6 +1,7 @@
 """Fills the reference cache before the first step."""
 
 import copy
+import time
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -23,8 +24,10 @@ class FillReference(L.Callback):
 
     def __init__(self, cache: CachedReference, data: RagDataModule, progress: bool = True):
         self.cache, self.data, self.progress = cache, data, progress
+        self.seconds = 0.0  # that it took in this process
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        began = time.perf_counter()
         # Here the model is on its device, and sharded if it is to be; where a checkpoint has been read, it has
         # brought adapters only.
         pad_id = self.data.tokenizer.pad_token_id or 0
@@ -43,6 +46,7 @@ class FillReference(L.Callback):
                 progress=self.progress and trainer.is_global_zero,
             )
         trainer.strategy.barrier()
+        self.seconds = time.perf_counter() - began
 
     def _needed(self, trainer: L.Trainer) -> list[tuple[Any, Sequence[int]]]:
         """(data set, which of its rows): of the training all, or those of its steps where they are less than an

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from selfaug.errors import UserError
 
-_PREFIX = "selfaug_"
+ATTENTION_PREFIX = "selfaug_"
 _CUT = ("sdpa", "eager")  # the implementations that are cut here, example by example
 _SCORES = 2**24  # attention probabilities that are held at once while recording (64 MiB)
 # The longest example of the packed row that is on its way through the model: how large a mask has to be.
@@ -153,13 +153,13 @@ def _prepare(body: Any) -> str:
     """
     name = body.config.get_text_config(decoder=True)._attn_implementation
     if name in _CUT:
-        body.set_attn_implementation(_PREFIX + name)
-        if body.config.get_text_config(decoder=True)._attn_implementation != _PREFIX + name:
+        body.set_attn_implementation(ATTENTION_PREFIX + name)
+        if body.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_PREFIX + name:
             raise UserError(
                 f"{type(body).__name__} does not let its attention be changed, which data.packing=true and "
                 "alignment.rows=attention need: set data.packing=false and alignment.rows=random."
             )
-    return name.removeprefix(_PREFIX)
+    return name.removeprefix(ATTENTION_PREFIX)
 
 
 def _attention(own: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -216,5 +216,5 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
 
 
 for _name in _CUT:
-    AttentionInterface.register(_PREFIX + _name, _attention(AttentionInterface().get(_name)))
-    AttentionMaskInterface.register(_PREFIX + _name, _mask(_name))
+    AttentionInterface.register(ATTENTION_PREFIX + _name, _attention(AttentionInterface().get(_name)))
+    AttentionMaskInterface.register(ATTENTION_PREFIX + _name, _mask(_name))

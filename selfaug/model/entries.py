@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -48,12 +49,17 @@ class Entries(Protocol):
 
 
 class MemoryEntries:
-    """In this process; gone with it."""
+    """In this process; gone with it.
+
+    Args:
+        room: asks how many bytes this process can still have; None: what the machine has free.
+    """
 
     place = "memory"
 
-    def __init__(self) -> None:
+    def __init__(self, room: Callable[[], int] | None = None) -> None:
         self._entries: dict[tuple[str, str], Tensor] = {}
+        self._room = room or (lambda: psutil.virtual_memory().available)
 
     def get(self, model: str, name: str, length: int) -> Tensor | None:
         return self._entries.get((model, name))
@@ -62,7 +68,7 @@ class MemoryEntries:
         self._entries[model, name] = values.detach().cpu().clone()
 
     def free(self) -> int:
-        return psutil.virtual_memory().available
+        return self._room()
 
 
 class DiskEntries:

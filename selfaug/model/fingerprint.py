@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from selfaug.model.attention import _PREFIX as ATTENTION_PREFIX
+from selfaug.model.attention import ATTENTION_PREFIX
 
 _CHUNK = 1 << 22  # bytes that one thread hashes at a time
 _BASE = frozenset({"base_layer", "original_module"})  # where peft's wrappers keep what they wrap

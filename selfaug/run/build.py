@@ -24,6 +24,7 @@ from selfaug.module import OptimizerConfig, SelfAugModule
 from selfaug.objective import Objective
 from selfaug.paths import cache_dir
 from selfaug.run.identity import caches_reference
+from selfaug.run.machine import room
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -151,11 +152,15 @@ def base_model(config: DictConfig) -> torch.nn.Module:
 def objective(config: DictConfig) -> Objective:
     """NLL and the terms of the method."""
     terms = {str(name): make(term, "method") for name, term in config.method.terms.items()}
-    if caches_reference(config) and any(getattr(term, "official", False) for term in terms.values()):
-        raise UserError(
-            "alignment.official=true counts padding, which the reference cache does not keep: set reference.cache=off "
-            "with it."
-        )
+    if any(getattr(term, "official", False) for term in terms.values()):
+        for without, name, off in (
+            (caches_reference(config), "the reference cache", "reference.cache=off"),
+            (config.data.packing, "a packed row", "data.packing=false"),
+        ):
+            if without:
+                raise UserError(
+                    f"alignment.official=true counts padding, which {name} does not keep: set {off} with it."
+                )
     return Objective(terms, reference(config))
 
 
@@ -165,7 +170,7 @@ def reference(config: DictConfig) -> Reference:
     if not caches_reference(config):
         return AdaptersOff()
     if wanted.cache == "memory":
-        return CachedReference(MemoryEntries(), wanted.limit_gb)
+        return CachedReference(MemoryEntries(lambda: room(torch.device("cpu")) or 0), wanted.limit_gb)
     if wanted.cache == "disk":
         directory = Path(wanted.directory).expanduser() if wanted.directory else cache_dir() / "reference"
         return CachedReference(DiskEntries(directory), wanted.limit_gb)
@@ -180,12 +185,23 @@ def module(config: DictConfig) -> SelfAugModule:
     model = add_adapter(base_model(config), make(config.adapter, "adapter"))
     if config.model.gradient_checkpointing:
         recompute_activations(model)
-    with precision(config).autocast("cpu"):  # where the model still is
-        verify_decoder(model)
-        if config.data.packing:
-            verify_packing(model)
+    if not needs_accelerator(model):
+        with precision(config).autocast("cpu"):  # where the model still is
+            verify(model, packing=config.data.packing)
     sharded = "ModelParallel" in str(OmegaConf.select(config, "trainer.strategy._target_"))
     return SelfAugModule(model, goal, optimizer, seed=config.seed, shard=shard if sharded else None)
+
+
+def verify(model: torch.nn.Module, packing: bool) -> None:
+    """Raise UserError unless selfaug computes what the model itself would: logits, and examples packed together."""
+    verify_decoder(model)
+    if packing:
+        verify_packing(model)
+
+
+def needs_accelerator(model: Any) -> bool:
+    """Whether its attention runs on no CPU: then it is verified where it trains (see VerifyModel)."""
+    return "flash" in str(model.get_base_model().config._attn_implementation)
 
 
 def devices(config: DictConfig) -> int:
@@ -203,7 +219,9 @@ def devices(config: DictConfig) -> int:
 def trainer(config: DictConfig, callbacks: Sequence[L.Callback], loggers: Sequence[Any], root: str) -> L.Trainer:
     """The Lightning trainer; every other key of `trainer` goes to it as it is. Our own callback saves checkpoints."""
     node = plain(config.trainer)
-    node["precision"] = precision(config).name
+    # The weights are loaded in bfloat16 then. Lightning's plugin of that name would cast the batches as well, which
+    # hold no floating-point numbers and are frozen.
+    node["precision"] = "32-true" if precision(config).name == "bf16-true" else precision(config).name
     if not isinstance(node["devices"], list):  # a list names the devices
         node["devices"] = devices(config)
     if isinstance(node.get("strategy"), dict):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from selfaug.callbacks.reference_fill import FillReference
 from selfaug.callbacks.saving import SaveCheckpoints, newest_checkpoint
 from selfaug.callbacks.throughput import Throughput
+from selfaug.callbacks.verify import VerifyModel
 from selfaug.data.datamodule import RagDataModule
 from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
@@ -40,8 +42,12 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
     plan = MemoryPlan(data)
     callbacks: list[Callback] = [plan, throughput, saving]
+    if build.needs_accelerator(module.model):
+        callbacks.insert(0, VerifyModel(partial(build.verify, packing=config.data.packing)))
+    fill = None
     if module.objective.terms and isinstance(module.objective.reference, CachedReference):
-        callbacks.append(FillReference(module.objective.reference, data, config.progress))
+        fill = FillReference(module.objective.reference, data, config.progress)
+        callbacks.append(fill)
     trainer = build.trainer(config, callbacks, loggers, str(run.path))
     checkpoint = _resume_from(config, run)
     if checkpoint is not None:
@@ -70,6 +76,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
             run.path / "fit.json",
             {
                 "seconds": throughput.seconds,
+                "reference_seconds": fill.seconds if fill else None,  # before the first step, and not in `seconds`
                 "tokens": throughput.tokens,
                 "steps": trainer.global_step,
                 "peak_bytes": peak,

@@ -62,7 +62,7 @@ def launch_workers(run_directory: Path, processes: int) -> None:
             worker.kill()
     if message.is_file():
         raise UserError(message.read_text())
-    if SIGTERM_EXIT in statuses:
+    if {SIGTERM_EXIT, -signal.SIGTERM} & set(statuses):
         sys.exit(SIGTERM_EXIT)
     if any(statuses):
         raise UserError(f"Training in {processes} processes failed (exit statuses {statuses}): see the messages above.")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from selfaug.cli import quieten, sentence
 from selfaug.run import build
-from selfaug.run.fit import fit
+from selfaug.run.fit import SIGTERM_EXIT, fit
 from selfaug.run.identity import RunDirectory, register_resolvers
 from selfaug.run.loggers import run_loggers
 
@@ -19,6 +20,8 @@ def main() -> None:
     register_resolvers()
     logging.basicConfig(level=logging.INFO if os.environ.get("RANK") == "0" else logging.ERROR, format="%(message)s")
     quieten()
+    # While it loads and fills there is nothing to save; from the first step on SaveCheckpoints handles it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_EXIT))
     run = RunDirectory(sys.argv[1])
     config = OmegaConf.load(run.path / "config.yaml")
     assert isinstance(config, DictConfig)

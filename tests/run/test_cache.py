@@ -75,8 +75,9 @@ def test_a_warm_cache_gives_the_same_bytes(cold: tuple[Path, Path], runs: Runs):
 
 def test_memory_gives_the_same_bytes(cold: tuple[Path, Path], runs: Runs):
     with passes() as keys:
-        same(runs.done(*LONG, "reference.cache=memory"), cold[0])
+        same(run := runs.done(*LONG, "reference.cache=memory"), cold[0])
     assert len(keys) == used(cold[0])
+    assert json.loads((run / "fit.json").read_text())["reference_seconds"] > 0
 
 
 def test_an_uncached_run_differs_by_rounding_and_has_another_name(cold: tuple[Path, Path], runs: Runs):

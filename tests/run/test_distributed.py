@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from selfaug.errors import UserError
+from selfaug.run import launch
 from tests.run.conftest import Runs
 from tests.run.test_resume import newest_step, stop
 from tests.run.test_same import relative_error
@@ -57,3 +59,16 @@ def test_sigterm_stops_all_processes_at_a_checkpoint(runs: Runs):
     assert not (runs.only() / "adapter").exists()
     assert "Traceback" not in result.stdout + result.stderr
     assert "failed" not in result.stderr
+
+
+def test_sigterm_while_the_processes_load_is_no_failure(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    def ends(number: int) -> BaseException:
+        monkeypatch.setattr(launch, "_wait", lambda workers: [w.send_signal(number) or w.wait() for w in workers])
+        with pytest.raises((SystemExit, UserError)) as error:
+            launch.launch_workers(runs.path, 2)
+        return error.value
+
+    ended = ends(signal.SIGTERM)
+    assert isinstance(ended, SystemExit)
+    assert ended.code == 143
+    assert isinstance(ends(signal.SIGKILL), UserError)

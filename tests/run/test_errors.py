@@ -125,6 +125,12 @@ def test_wrong_setting(runs: Runs, override: str, parts: tuple[str, ...]):
     refused(runs.inline(STEPS, override), *parts)
 
 
+@pytest.mark.parametrize(("other", "off"), [("data.packing=true", "data.packing=false"),
+                                            ("reference.cache=memory", "reference.cache=off")])  # fmt: skip
+def test_padding_that_counts_must_be_there(runs: Runs, other: str, off: str):
+    refused(runs.inline(STEPS, "alignment.official=true", other), "alignment.official=true", off)
+
+
 def test_one_sentence_from_a_process_of_its_own(runs: Runs):
     result = runs.train("sed=1")
     refused(result, "sed")
