@@ -7,6 +7,7 @@ first 128 rows. Memory is what the peak lies above the inputs.
 """
 
 import argparse
+import json
 import re
 from typing import Any
 
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", type=common.names, default=tuple(IMPLEMENTATIONS), help="implementations")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=300, help="stop a case after so long, but not before 3 rounds")
+    parser.add_argument("--keep", action="store_true", help="keep what the file holds about other cases")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.shapes, arguments.rounds = "64x1000x32", 3
@@ -133,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if not all(re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text) for text in arguments.shapes.split(",")):
         parser.error(f"--shapes {arguments.shapes} is not of the form TxVxd: write 2048x49152x576, several with commas")
-    rows: list[Row] = []
     out = common.out_path(arguments, "linear_kl")
+    rows: list[Row] = json.loads(out.read_text())["rows"] if arguments.keep and out.exists() else []
     for text in arguments.shapes.split(","):
         shape: Any = tuple(int(part) for part in text.split("x"))
         for dtype in arguments.dtypes:
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             if why:
                 raise SystemExit(f"{text} in {dtype} failed: {why}")
             common.show(f"{text} {dtype} on {arguments.device}", case, COLUMNS[2:])
-            rows += case
+            rows = [row for row in rows if (row["case"], row["dtype"]) != (case[0]["case"], dtype)] + case
             common.write(out, "linear_kl", arguments, rows)  # after every case: a long run that is cut short counts
 
 

@@ -52,6 +52,8 @@ def test_linear_kl(tmp_path, capsys):
     assert rows["floor"]["chunk"] == 64
     printed = capsys.readouterr().out
     assert "Triton kernels need a GPU" in printed
+    kept = run(linear_kl.main, tmp_path / "op.json", "--only", "floor", "--dtypes", "bf16,float32", "--keep")
+    assert [(row["dtype"], row["implementation"]) for row in kept] == [("bf16", "floor"), ("float32", "floor")]
     assert "gradient error" in printed
 
 
