@@ -31,13 +31,14 @@ def train(config: DictConfig, directory: str) -> Any:
     from selfaug.run.fit import fit
     from selfaug.run.launch import inside_launcher, launch_workers
     from selfaug.run.loggers import log_results, run_loggers
-    from selfaug.run.score import score
+    from selfaug.run.score import check, score
 
     cli.quieten()  # Lightning sets its log level when it is imported
     run = RunDirectory(directory)
     build.check(config)
+    check(config)
     if config.force:
-        for leftover in (run.adapter, run.checkpoints):
+        for leftover in (run.adapter, run.checkpoints, run.evaluation):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in (run.results, run.path / "fit.json", run.path / "run.json", run.path / "metrics.csv"):
             leftover.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class Workspace:
             "data.batch_size=4", "data.micro_batch_size=2", "data.prompt.max_tokens=256", "adapter.r=4",
             f"{corpora}.wikipedia={{kind: text, asset: null, path: texts.jsonl, limit: 4, max_tokens: 64}}",
             f"{corpora}.dialogues={{kind: dialogue, asset: null, path: dialogues.jsonl, limit: 4, max_tokens: 64}}",
-            "evaluation.rag.limit=4", "evaluation.rag.max_new_tokens=4", "progress=false",
+            "evaluation=task", "evaluation.rag.limit=4", "evaluation.rag.max_new_tokens=4", "progress=false",
         ]  # fmt: skip
 
     def environment(self, **variables: str) -> dict[str, str]:

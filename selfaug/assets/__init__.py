@@ -8,7 +8,7 @@
 
 from pathlib import Path
 
-__all__ = ["asset_path"]
+__all__ = ["asset_path", "asset_paths"]
 
 
 def asset_path(name: str) -> Path:
@@ -16,3 +16,13 @@ def asset_path(name: str) -> Path:
     from selfaug.assets import fetch, registry
 
     return fetch.fetch([registry.find(name)])[0]
+
+
+def asset_paths(names: list[str]) -> list[Path]:
+    """The directories of several assets or groups ("benchmarks", "all"); archives they share are downloaded once.
+
+    An archive is deleted when its assets are made, so asking for one asset at a time downloads it for each again.
+    """
+    from selfaug.assets import fetch, registry
+
+    return fetch.fetch(registry.select(names))

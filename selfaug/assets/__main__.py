@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Without a network, put the archives that --list names into <cache>/archives: they are used from there.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"an asset, or 'all'; default: {' '.join(registry.DEFAULT)}"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"an asset, 'benchmarks' (all of them) or 'all'; default: {' '.join(registry.DEFAULT)}",
     )
     parser.add_argument("--list", action="store_true", help="say what there is, with sources and licences")
     parser.add_argument(

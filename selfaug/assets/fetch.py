@@ -101,8 +101,7 @@ def extract(archive_path: Path, member: str, target: Path) -> str:
 
     Only regular files inside the archive's own tree: an archive never decides where something is written.
     """
-    if PurePosixPath(member).is_absolute() or ".." in PurePosixPath(member).parts:
-        raise UserError(f"{archive_path.name}: the member {member!r} lies outside the archive; nothing was extracted.")
+    _refuse_outside(archive_path, member)
     with contextlib.ExitStack() as stack:
         source: IO[bytes] | None
         if archive_path.name.endswith(".tar.gz"):
@@ -115,6 +114,26 @@ def extract(archive_path: Path, member: str, target: Path) -> str:
         if source is None:
             raise UserError(f"{archive_path.name}: the member {member!r} is not a plain file; nothing was extracted.")
         return _copy(source, stack.enter_context(target.open("wb")), size, f"extracting {target.name}")
+
+
+def extract_folder(archive_path: Path, folder: str, target: Path) -> None:
+    """Copies all files below `folder` (it ends with "/") of a wheel into the new directory `target`."""
+    with zipfile.ZipFile(archive_path) as wheel:
+        found = [info for info in wheel.infolist() if info.filename.startswith(folder) and not info.is_dir()]
+        for info in found:  # all of them before the first is written
+            _refuse_outside(archive_path, info.filename.removeprefix(folder))
+        target.mkdir()
+        for info in found:
+            path = target / info.filename.removeprefix(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(info) as source, path.open("wb") as file:
+                _copy(source, file, info.file_size, f"extracting {path.name}")
+
+
+def _refuse_outside(archive_path: Path, member: str) -> None:
+    path = PurePosixPath(member)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{archive_path.name}: the member {member!r} lies outside the archive; nothing was extracted.")
 
 
 def sha256_of(path: Path) -> str:
@@ -131,13 +150,7 @@ def _make(asset: Asset) -> None:
         raise _disk_full(need)
     with _disk_errors(need), _partial(asset.name) as work:
         archive = archive or download(asset.archive)
-        member = work / PurePosixPath(asset.member).name
-        found = extract(archive, asset.member, member)
-        if asset.member_sha256 and found != asset.member_sha256:
-            raise UserError(
-                f"{asset.member} in {archive} has sha256 {found} where {asset.member_sha256} is expected; "
-                "delete the archive and run again."
-            )
+        member = _take_out(asset, archive, work)
         out = work / "out"
         out.mkdir()
         count = asset.build(member, out)
@@ -149,6 +162,21 @@ def _make(asset: Asset) -> None:
         _write_manifest(asset, out)
         shutil.rmtree(asset_dir(asset), ignore_errors=True)  # an older or damaged one
         out.replace(asset_dir(asset))
+
+
+def _take_out(asset: Asset, archive: Path, work: Path) -> Path:
+    """Extracts the asset's member, a file or a folder, to a place in `work`."""
+    place = work / PurePosixPath(asset.member).name
+    if asset.member.endswith("/"):
+        extract_folder(archive, asset.member, place)
+        return place
+    found = extract(archive, asset.member, place)
+    if asset.member_sha256 and found != asset.member_sha256:
+        raise UserError(
+            f"{asset.member} in {archive} has sha256 {found} where {asset.member_sha256} is expected; "
+            "delete the archive and run again."
+        )
+    return place
 
 
 def _write_manifest(asset: Asset, out: Path) -> None:

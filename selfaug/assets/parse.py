@@ -1,4 +1,4 @@
-"""Turns the raw data files of the archives into clean JSON lines.
+"""Turns the raw data files of the archives into clean JSON lines (the benchmarks: parse_benchmarks.py).
 
 Each function takes the archive's member and an output directory, writes one `<name>.jsonl` there, and returns the
 number of lines. The standard library only, but for the Arrow files.
@@ -24,7 +24,7 @@ _LOST_BREAK = re.compile(r"(?<=[a-z)\]\"][.!?])(?=[A-Z])")
 
 def squad(member: Path, out: Path) -> int:
     """SQuAD -> {"id", "title", "question", "answers", "paragraph"}; every answer stands in its paragraph."""
-    return write_jsonl(out / "squad.jsonl", (_squad_record(doc) for doc in _request_docs(member)))
+    return write_jsonl(out / "squad.jsonl", (_squad_record(doc) for doc in request_docs(member)))
 
 
 def _squad_record(doc: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def drop(member: Path, out: Path) -> int:
             "answers": _unique(", ".join(spans) for spans in doc["answers"]),
             "passage": doc["passage"],
         }
-        for doc in _request_docs(member)
+        for doc in request_docs(member)
     )
     return write_jsonl(out / "drop.jsonl", records)
 
@@ -68,7 +68,7 @@ def boolq(member: Path, out: Path) -> int:
             "answers": ["yes" if row["answer"] else "no"],
             "passage": row["passage"],
         }
-        for number, row in enumerate(_arrow_rows(member, ["question", "answer", "passage"]))
+        for number, row in enumerate(arrow_rows(member, ["question", "answer", "passage"]))
     )
     return write_jsonl(out / "boolq.jsonl", records)
 
@@ -81,7 +81,7 @@ def triviaqa(member: Path, out: Path) -> int:
             "question": row["question"],
             "answers": _unique([row["answer"]["value"], *row["answer"]["aliases"]]),
         }
-        for row in _arrow_rows(member, ["question_id", "question", "answer"])
+        for row in arrow_rows(member, ["question_id", "question", "answer"])
     )
     return write_jsonl(out / "triviaqa.jsonl", records)
 
@@ -126,14 +126,14 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def _request_docs(member: Path) -> Iterator[dict[str, Any]]:
+def request_docs(member: Path) -> Iterator[dict[str, Any]]:
     """The `doc` of each request of an OLMo evaluation file."""
     with gzip.open(member, "rt", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)["doc"]
 
 
-def _arrow_rows(member: Path, columns: list[str]) -> list[dict[str, Any]]:
+def arrow_rows(member: Path, columns: list[str]) -> list[dict[str, Any]]:
     """These columns of an Arrow stream file, as dictionaries."""
     import pyarrow as pa  # 0.2 s to import, and here only
 

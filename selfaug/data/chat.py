@@ -72,6 +72,11 @@ class ChatFormat:
             texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=offsets, verbose=False
         )
 
+    @property
+    def template(self) -> str:
+        """The Jinja text that is used."""
+        return str(self._given or self.tokenizer.chat_template)
+
     def defuse(self, text: str) -> str:
         """User text must not close its own turn: a space breaks up whatever would become a special token."""
         return self.markup.sub(lambda match: match[0][0] + " " + match[0][1:], text) if self.markup else text
@@ -98,8 +103,12 @@ class ChatFormat:
         messages = [{"role": role, "content": content} for role, content in turns]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
+        return self.render(messages, add_generation_prompt=generate)
+
+    def render(self, messages: list[dict[str, str]], **how: Any) -> str:
+        """The text of any dialogue; `how` as apply_chat_template takes it (add_generation_prompt, ...)."""
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate, chat_template=self._given, **self._arguments
+            messages, tokenize=False, chat_template=self._given, **self._arguments, **how
         )
 
     def _end_of_turn(self, text: str) -> list[int]:

@@ -115,6 +115,32 @@ def measure_drift(
     return drift
 
 
+def drift_on_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    turns: Sequence[tuple[str, str]],
+    config: DriftConfig,
+    *,
+    max_tokens: int = 512,
+    progress: bool = True,
+) -> dict[str, Metric]:
+    """As measure_drift, on (prompt, answer) turns that somebody has just written: the tuned model's own answers, where
+    KL(tuned||base) is an estimate over what it says itself (Shenfeld et al., RL's Razor). Turns without an answer are
+    left out; of each the first max_tokens tokens count. Empty where no turn has a token left."""
+    check_reference(model)
+    spoken = [turn for turn in turns if turn[1].strip()]
+    documents = [
+        _Document(ids[:max_tokens], roles[:max_tokens])
+        for ids, roles in (_dialogues(tokenizer, config, spoken) if spoken else [])
+        if int(Role.RESPONSE) in roles[1:max_tokens]
+    ]
+    if not documents:
+        return {}
+    with tqdm(total=len(documents), desc="drift on own answers", unit=" answers", disable=not progress) as bar:
+        sums = _document_sums(Decoder(model), documents, _POSITION["dialogue"], config.tokens_per_batch, bar)
+    return _metrics(sums, config.seed)
+
+
 # ---- corpora -------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ penalty, would measure those settings and not the weights. In float32 an answer 
 its batch; in bfloat16 the padding moves roundings and can flip a close call, so compare models only in one precision.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 # More sequences bring little on any machine and cost memory for their caches.
 MAX_SEQUENCES = 64
+# Every so many new tokens the answers that have ended leave the batch; the others need not wait for the longest.
+STRIDE = 32
 
 
 def generate(
@@ -29,6 +31,8 @@ def generate(
     progress: bool = True,
     description: str = "generating",
     also_stop: Collection[int] = (),
+    until: Sequence[str] = (),
+    strip: bool = True,
 ) -> list[str]:
     """The greedy continuation of each prompt as text, in the order of `prompts`.
 
@@ -40,9 +44,11 @@ def generate(
         tokens_per_batch: sequences times (longest prompt + max_new_tokens) of one batch, at most; a single prompt that
             is longer is a batch of its own.
         also_stop: tokens that end an answer beside the tokenizer's and the model's own.
+        until: texts that end an answer, which is cut before the first of them.
+        strip: take off the white space around an answer.
 
     Returns:
-        The texts without special tokens and without white space around them.
+        The texts without special tokens.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -77,11 +83,50 @@ def generate(
             for row, i in enumerate(indices):
                 ids[row, width - lengths[i] :] = torch.as_tensor(prompts[i])
                 mask[row, width - lengths[i] :] = 1
-            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))  # type: ignore[operator]
-            for i, tokens in zip(indices, out[:, width:].tolist(), strict=True):
-                answers[i] = _text(tokenizer, tokens, stops)
-            bar.update(len(indices))
+
+            def ended(tokens: list[int]) -> bool:
+                text = _text(tokenizer, tokens, stops) if until else ""
+                return any(token in stops for token in tokens) or any(end in text for end in until)
+
+            for row, tokens in _grow(model, settings, ids.to(device), mask.to(device), max_new_tokens, ended):
+                text = _text(tokenizer, tokens, stops)
+                text = text[: min((at for end in until if (at := text.find(end)) >= 0), default=len(text))]
+                answers[indices[row]] = text.strip() if strip else text
+                bar.update()
     return answers
+
+
+def _grow(
+    model: Any,
+    settings: GenerationConfig,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    most: int,
+    ended: Callable[[list[int]], bool],
+) -> Iterator[tuple[int, list[int]]]:
+    """(row, its new tokens) of a left-padded batch [B, T], as soon as the row has `ended` or has `most` tokens."""
+    rows = list(range(len(ids)))
+    width = ids.shape[1]
+    cache = DynamicCache(config=settings_of(model))
+    while rows:
+        settings.max_new_tokens = min(STRIDE, width + most - ids.shape[1])
+        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        new = out[:, width:].tolist()
+        last = out.shape[1] - ids.shape[1] < settings.max_new_tokens or len(new[0]) >= most
+        done = [last or ended(tokens) for tokens in new]
+        yield from ((row, tokens) for row, tokens, end in zip(rows, new, done, strict=True) if end)
+        kept = [i for i, end in enumerate(done) if not end]
+        rows = [rows[i] for i in kept]
+        mask = torch.nn.functional.pad(mask, (0, out.shape[1] - mask.shape[1]), value=1)[kept]
+        ids = out[kept]
+        if rows and len(kept) < len(done):
+            cache.batch_select_indices(torch.as_tensor(kept, device=out.device))
+
+
+def settings_of(model: nn.Module) -> Any:
+    """The configuration of the text decoder: which kinds of cache its layers need."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner.config.get_text_config(decoder=True)
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -149,4 +194,4 @@ def _contiguous_head(model: nn.Module) -> Iterator[None]:
 def _text(tokenizer: Any, tokens: list[int], stops: list[int]) -> str:
     """The answer up to its end; what follows in the row is padding, which need not be a special token."""
     end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    return tokenizer.decode(tokens[:end], skip_special_tokens=True)

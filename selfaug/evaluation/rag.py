@@ -41,13 +41,13 @@ def answer_questions(
 
 
 def score_answers(
-    rows_answers: Sequence[Sequence[str]], base: Sequence[str], tuned: Sequence[str], seed: int = 0
+    rows_answers: Sequence[Sequence[str]], base: Sequence[str], tuned: Sequence[str] | None, seed: int = 0
 ) -> dict[str, Metric]:
     """Both models' scores on the same questions, with intervals by resampling the questions.
 
     Args:
         rows_answers: the accepted answers of each question.
-        base, tuned: the answer of each model to each question.
+        base, tuned: the answer of each model to each question; None where there is no tuned model.
 
     Returns:
         exact_match, f1, crag_score, correct, missing, incorrect, each {"base", "tuned", "difference"} -> Interval.
@@ -56,7 +56,10 @@ def score_answers(
     Raises:
         UserError: no questions.
     """
-    before, after = _scores(rows_answers, base), _scores(rows_answers, tuned)
+    before = _scores(rows_answers, base)
+    if tuned is None:
+        return {name: {"base": bootstrap(values, seed=seed)} for name, values in before.items()}
+    after = _scores(rows_answers, tuned)
     return {
         name: {
             "base": bootstrap(before[name], seed=seed),

@@ -99,6 +99,64 @@ def paired_weighted_difference(
     )
 
 
+def paired_ratio(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """sum(after) / sum(before) over the same items; NaN where before is 0 throughout. Resamples in which it is 0 are
+    left out."""
+    first, second = _column(before, "before"), _column(after, "after")
+    _same_length(before=first, after=second)
+    return _interval([first, second], lambda s: np.where(s[0] == 0, np.nan, s[1] / s[0]), confidence, resamples, seed)
+
+
+def mean_of_ratios(
+    pairs: Sequence[tuple[ArrayLike, ArrayLike]], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The mean over several sets of items of sum(after) / sum(before), each set resampled apart. n: the sets."""
+    generator = np.random.default_rng(seed)
+    columns = [(_column(before, "before"), _column(after, "after")) for before, after in pairs]
+    means = np.mean([after.sum() / before.sum() for before, after in columns])
+    replicates = np.zeros(resamples)
+    with np.errstate(all="ignore"):
+        for before, after in columns:
+            _same_length(before=before, after=after)
+            for r in range(resamples):
+                draw = generator.integers(0, len(before), len(before))
+                replicates[r] += after[draw].sum() / before[draw].sum() / len(columns)
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(np.where(np.isfinite(replicates), replicates, np.nan), [tail, 1 - tail])
+    return Interval(float(means), float(low), float(high), len(columns))
+
+
+def mcnemar(before: ArrayLike, after: ArrayLike) -> float:
+    """Exact two-sided p of McNemar's test (1947): of the items that only one of the two got right (values 0 or 1), is
+    the split compatible with half and half? 1 where there are none."""
+    first, second = _column(before, "before"), _column(after, "after")
+    _same_length(before=first, after=second)
+    lost, gained = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
+    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+
+
+def wilson_low(values: ArrayLike, confidence: float = 0.95) -> float:
+    """Lower end of the Wilson interval of a share (values in 0..1), which zero successes do not shrink to nothing."""
+    column = _column(values, "values")
+    return float(stats.binomtest(round(column.sum()), len(column)).proportion_ci(confidence, "wilson").low)
+
+
+def over_seeds_and_items(runs: Sequence[Interval], *, confidence: float = 0.95) -> Interval:
+    """The mean over seeds, with an interval for other seeds *and* other items: the half widths of both, added in
+    squares. The items are the same in every run, so their part does not shrink with the number of seeds."""
+    seeds = t_interval([run.mean for run in runs], confidence=confidence)
+    items = float(np.mean([(run.high - run.low) / 2 for run in runs]))
+    half = math.hypot((seeds.high - seeds.low) / 2, items)
+    return Interval(seeds.mean, seeds.mean - half, seeds.mean + half, seeds.n)
+
+
 def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
     """The mean over a few independent runs (seeds) and its Student t interval: mean ± t sd / sqrt(n).
 
@@ -137,7 +195,8 @@ def _interval(
             draws = generator.integers(0, n, size=(min(at_once, resamples - start), n))  # [R, N]
             replicates.append(statistic(np.stack([column[draws].sum(axis=1) for column in table])))
         tail = (1 - confidence) / 2
-        low, high = np.quantile(np.concatenate(replicates), [tail, 1 - tail])
+        drawn = np.concatenate(replicates)
+        low, high = np.quantile(drawn[~np.isnan(drawn)], [tail, 1 - tail])
     return Interval(value, float(low), float(high), n)
 
 

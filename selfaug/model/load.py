@@ -20,7 +20,7 @@ ASSET = "asset:"  # model.name=asset:smollm2-135m-instruct is the packaged model
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def locate(name: str) -> str:
+def locate(name: str, setting: str = "model.name") -> str:
     """A folder or hub name for from_pretrained; packaged models are fetched here if they are missing."""
     if name.startswith(ASSET):
         return str(asset_path(name.removeprefix(ASSET)))
@@ -28,12 +28,12 @@ def locate(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
-                f"model.name={name} is a folder without a config.json: set it to a transformers model folder."
+                f"{setting}={name} is a folder without a config.json: set it to a transformers model folder."
             )
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(
-            f"model.name={name} does not exist: set it to a model folder, a hub name (owner/name) or {ASSET}NAME."
+            f"{setting}={name} does not exist: set it to a model folder, a hub name (owner/name) or {ASSET}NAME."
         )
     return name
 
@@ -56,6 +56,7 @@ def load_base(
     mixed: bool = False,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    setting: str = "model.name",
 ) -> nn.Module:
     """The base model, frozen, in training mode.
 
@@ -65,13 +66,14 @@ def load_base(
             forward pass, at half the memory and without the rounding; embeddings, norms, head and the residual stream
             stay in float32, which keeps small KLs above the rounding noise.
         attn_implementation: of transformers; None lets it choose.
+        setting: what the messages of errors call `name`.
 
     Raises:
         UserError: a folder or hub model that cannot be read.
     """
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is unknown: set it to one of {', '.join(DTYPES)}.")
-    place = locate(name)
+    place = locate(name, setting)
     split = dtype == "auto" and mixed
     with _readable_errors(name):
         model = AutoModelForCausalLM.from_pretrained(

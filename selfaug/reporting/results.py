@@ -52,7 +52,13 @@ class Results:
     environment: dict[str, Any]
     """As `environment` returns it."""
     retention: dict[str, dict[str, Metric]] = field(default_factory=dict)
-    """benchmark -> metric -> Metric"""
+    """benchmark -> metric -> Metric, which here has also retention (tuned / base), mcnemar_p, at_floor and main"""
+    retention_mean: Metric = field(default_factory=dict)
+    """{"retention": mean over the benchmarks that are not at their floor}"""
+    style: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    """prompts -> words, one_line, refusal, repetition, empty -> Metric"""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Of each benchmark the settings, template, versions and seconds; the items are in the run's evaluation folder"""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """[{id, question, documents?, answers, base, tuned}]"""
     status: str = "finished"

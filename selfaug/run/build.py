@@ -108,7 +108,7 @@ def check(config: DictConfig) -> None:
         ("data.limit_train", 1, None),
     ):
         value = OmegaConf.select(config, name)
-        if value is None and name in _MAY_BE_NULL:
+        if value is None and (name in _MAY_BE_NULL or (name.startswith("evaluation.") and not config.evaluation.rag)):
             continue
         if not isinstance(value, int) or value < least or (most is not None and value > most):
             raise UserError(

@@ -22,10 +22,11 @@ from selfaug.callbacks.throughput import Throughput
 from selfaug.callbacks.verify import VerifyModel
 from selfaug.data.datamodule import RagDataModule
 from selfaug.errors import UserError
+from selfaug.files import write_json
 from selfaug.model.cache import CachedReference
 from selfaug.module import SelfAugModule
 from selfaug.run import build
-from selfaug.run.identity import RunDirectory, write_json
+from selfaug.run.identity import RunDirectory
 from selfaug.run.memory import MemoryPlan
 
 log = logging.getLogger(__name__)

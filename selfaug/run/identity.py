@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from selfaug.errors import UserError
+from selfaug.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class RunDirectory:
     checkpoints/     for resuming; trainable weights, optimiser and loops only
     adapter/         the tuned PEFT adapter, written when training is complete
     fit.json         time, tokens and memory of the training
+    evaluation/      base/ and tuned/: every prompt and answer of the general benchmarks, a file for each
     results.json     scores; the run is finished once it is there
     """
 
@@ -78,6 +80,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
 
     @property
     def results(self) -> Path:
@@ -106,20 +112,3 @@ class RunDirectory:
 
     def read_fit(self) -> dict[str, Any]:
         return json.loads((self.path / "fit.json").read_text())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically: the old file or the new one, never a half."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,19 +1,27 @@
-"""The scoring stage of a run: base and tuned model on the same questions and texts, in the same process."""
+"""The scoring stage: base and tuned model on the same questions, texts and benchmarks, in the same process."""
 
+import importlib.util
 import logging
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from selfaug.data.datamodule import RagDataModule
 from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, measure_drift
 from selfaug.evaluation.rag import answer_questions, samples, score_answers
-from selfaug.model.load import load_adapter
+from selfaug.evaluation.retention.benchmarks import RetentionConfig
+from selfaug.evaluation.retention.suite import Retention, StyleConfig, Suite, base_store, keep_copy, tuned_store
+from selfaug.model.load import load_adapter, load_tokenizer, locate
 from selfaug.model.reference import adapters_off
-from selfaug.reporting.results import Results, code_version, environment
+from selfaug.reporting.results import Metric, Results, code_version, environment
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, config_hash
 from selfaug.run.machine import free_unused
@@ -21,16 +29,127 @@ from selfaug.run.machine import free_unused
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Models:
+    """What is compared. shared: the base is the tuned model with its adapters off; otherwise two models, or one."""
+
+    base: nn.Module
+    tuned: nn.Module | None
+    shared: bool = False
+    adapter: Path | None = None  # the folder that the tuned model's adapter came from
+
+    def as_base(self) -> AbstractContextManager[Any]:
+        return adapters_off(self.base) if self.shared else nullcontext()
+
+
+@dataclass
+class Measured:
+    """All scores of a pair of models, as they stand in results.json."""
+
+    task: dict[str, Metric] = field(default_factory=dict)
+    drift: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    retention: Retention = field(default_factory=Retention)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    questions: int = 0
+
+
 def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results:
-    """Load base and saved adapter, answer the test questions with both, measure drift, and put it all together.
+    """Load base and saved adapter, measure what the configuration asks for, and put it all together.
 
     The adapter is read back from disk, so what is scored is what was saved.
     """
     started = time.perf_counter()
     free_unused()  # of the training: a second model is loaded now
-    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
-    device = torch.device("cuda" if on_gpu else "cpu")
-    model = load_adapter(build.base_model(config), run.adapter).to(device)
+    measured = Measured()
+    if asks(config):
+        model = load_adapter(build.base_model(config), run.adapter).to(device(config))
+        measured = measure(config, Models(model, model, shared=True, adapter=run.adapter), data, run.evaluation)
+    seconds = time.perf_counter() - started
+    fitted = run.read_fit()
+    results = as_results(config, measured, data)
+    results.data["used"]["train"] = len(data.rows("train"))
+    results.time = {"fit_s": fitted["seconds"], "evaluate_s": seconds, "total_s": fitted["seconds"] + seconds}
+    results.speed = {"train_tokens_per_s": fitted["tokens"] / fitted["seconds"] if fitted["seconds"] else None}
+    results.memory = {"peak_bytes": fitted["peak_bytes"]}
+    return results
+
+
+def asks(config: DictConfig) -> bool:
+    """Whether anything is to be measured."""
+    return any(config.evaluation.get(part) for part in ("rag", "drift", "retention", "style"))
+
+
+def device(config: DictConfig) -> torch.device:
+    """Where models are scored."""
+    return torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+
+
+def check(config: DictConfig) -> None:
+    """Refuse wrong settings of the evaluation before an hour of training."""
+    _parts(config)
+
+
+def measure(config: DictConfig, models: Models, data: RagDataModule | None, folder: Path) -> Measured:
+    """Everything that `config.evaluation` asks for. folder: for the files of the benchmarks."""
+    found = Measured()
+    drift, retention, style = _parts(config)
+    tokenizer = data.tokenizer if data is not None else load_tokenizer(config.model.name, config.model.revision)
+    with build.precision(config).autocast(next(models.base.parameters()).device.type):
+        if config.evaluation.get("rag") and data is not None:
+            _answer(config, models, data, found)
+        if drift is not None and models.shared:
+            found.drift = measure_drift(models.base, tokenizer, drift, progress=config.progress)
+        elif drift is not None and models.tuned is not None:
+            log.warning("drift is not measured: it needs adapters that can be switched off, not a second model")
+        make_lm = _vllm(config, models) if retention.backend == "vllm" else None
+        suite = Suite(retention, style, tokenizer, progress=config.progress, make_lm=make_lm)
+        if suite.wanted:
+            with models.as_base():
+                store = base_store(models.base)
+                before = suite.score(models.base, store, "base")
+            keep_copy(store, before, folder / "base")
+            after = None
+            if models.tuned is not None:
+                after = suite.score(models.tuned, tuned_store(models.tuned, folder / "tuned"), "tuned")
+            found.retention = suite.compared(before, after)
+            if after is not None and drift is not None and models.shared:
+                found.drift |= suite.drift(models.base, after, drift)
+    return found
+
+
+def as_results(config: DictConfig, measured: Measured, data: RagDataModule | None) -> Results:
+    """results.json, but for what only a training knows."""
+    where = device(config)
+    return Results(
+        name=config.run_name,
+        config=build.plain(config),
+        config_hash=config_hash(config),
+        seed=config.seed,
+        code=code_version(),
+        data={}
+        if data is None
+        else {
+            "fingerprint": data.data.fingerprint,
+            "counts": {split: len(data.data[split]) for split in ("train", "val", "test")},
+            "used": {"test": measured.questions},
+            "truncation": data.data.stats,
+        },
+        task=measured.task,
+        drift=measured.drift,
+        retention=measured.retention.benchmarks,
+        retention_mean=measured.retention.mean,
+        style=measured.retention.style,
+        evaluation=measured.retention.about,
+        time={"fit_s": None, "evaluate_s": None, "total_s": None},
+        speed={"train_tokens_per_s": None},
+        memory={"peak_bytes": None},
+        environment=environment(torch.cuda.get_device_name(where) if where.type == "cuda" else None),
+        samples=measured.samples,
+    )
+
+
+def _answer(config: DictConfig, models: Models, data: RagDataModule, found: Measured) -> None:
+    """Questions with documents: what was learned."""
     wanted = config.evaluation
     if not len(data.data["test"]):
         raise UserError("The test split is empty: raise data.source.test_share, or give a test file.")
@@ -40,32 +159,50 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
         "tokens_per_batch": wanted.tokens_per_batch,
         "progress": config.progress,
     }
-    with build.precision(config).autocast(device.type):
-        with adapters_off(model):
-            base = answer_questions(model, data.tokenizer, rows, description="answering: base", **answering)
-        tuned = answer_questions(model, data.tokenizer, rows, description="answering: tuned", **answering)
-        words = {key: config.data.prompt[key] for key in ("chat_template", "template_arguments")}
-        drift_config = build.call(DriftConfig, "evaluation/drift", **{**words, **build.plain(wanted.drift)})
-        drift = measure_drift(model, data.tokenizer, drift_config, progress=config.progress)
-    seconds = time.perf_counter() - started
-    fitted = run.read_fit()
-    return Results(
-        name=config.run_name,
-        config=build.plain(config),
-        config_hash=config_hash(config),
-        seed=config.seed,
-        code=code_version(),
-        data={
-            "fingerprint": data.data.fingerprint,
-            "counts": {split: len(data.data[split]) for split in ("train", "val", "test")},
-            "used": {"train": len(data.rows("train")), "test": len(rows)},
-            "truncation": data.data.stats,
-        },
-        task=score_answers(rows["answers"], base, tuned, seed=config.seed),
-        drift=drift,
-        time={"fit_s": fitted["seconds"], "evaluate_s": seconds, "total_s": fitted["seconds"] + seconds},
-        speed={"train_tokens_per_s": fitted["tokens"] / fitted["seconds"] if fitted["seconds"] else None},
-        memory={"peak_bytes": fitted["peak_bytes"]},
-        environment=environment(torch.cuda.get_device_name(device) if device.type == "cuda" else None),
-        samples=samples(rows, base, tuned, n=wanted.samples, seed=config.seed),
+    with models.as_base():
+        base = answer_questions(models.base, data.tokenizer, rows, description="answering: base", **answering)
+    tuned = None
+    if models.tuned is not None:
+        tuned = answer_questions(models.tuned, data.tokenizer, rows, description="answering: tuned", **answering)
+    found.questions = len(rows)
+    found.task = score_answers(rows["answers"], base, tuned, seed=config.seed)
+    if tuned is not None:
+        found.samples = samples(rows, base, tuned, n=wanted.samples, seed=config.seed)
+
+
+def _parts(config: DictConfig) -> tuple[DriftConfig | None, RetentionConfig, StyleConfig]:
+    """The settings of drift, benchmarks and style; dialogues use the chat template of the training."""
+    wanted = config.evaluation
+    prompt = config.data.prompt if config.get("data") else {}
+    words = {key: prompt[key] for key in ("chat_template", "template_arguments") if key in prompt}
+    drift = None
+    if wanted.get("drift"):
+        drift = build.call(DriftConfig, "evaluation/drift", **{**words, **build.plain(wanted.drift)})
+    retention = build.plain(wanted.retention) if wanted.get("retention") else {}
+    style = build.plain(wanted.style) if wanted.get("style") else {}
+    return (
+        drift,
+        build.call(RetentionConfig, "evaluation", **{**words, **retention}),
+        build.call(StyleConfig, "evaluation", **style),
     )
+
+
+def _vllm(config: DictConfig, models: Models) -> Callable[[str], Any]:
+    """lm-eval's own vLLM backend; adapters are given to it as the folder that they were loaded from."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "evaluation.retention.backend=vllm needs vLLM, which is not installed: pip install vllm, or set it to hf."
+        )
+    if models.tuned is not None and models.adapter is None:
+        raise UserError("evaluation.retention.backend=vllm takes an adapter folder as the tuned model: set it to hf.")
+
+    def make(which: str) -> Any:
+        from lm_eval.models.vllm_causallms import VLLM
+
+        adapter = {"lora_local_path": str(models.adapter)} if which == "tuned" else {}
+        return VLLM(
+            pretrained=locate(config.model.name), revision=config.model.revision, dtype="auto", trust_remote_code=False,
+            gpu_memory_utilization=0.5, **adapter,
+        )  # fmt: skip
+
+    return make

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from selfaug.run.identity import write_json, write_text
+from selfaug.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 

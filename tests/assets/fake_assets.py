@@ -6,6 +6,7 @@ Run as: python fake_assets.py ARCHIVES STAGE   (fetches the fake `letters` asset
 import hashlib
 import io
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -25,12 +26,21 @@ def letters(member: Path, out: Path) -> int:
     return len(member.read_bytes().splitlines())
 
 
+def folder_of_letters(member: Path, out: Path) -> int:
+    """The fake build of a folder: copies it and counts its files."""
+    shutil.copytree(member, out / "letters")
+    return sum(path.is_file() for path in member.rglob("*"))
+
+
 def write_archives(folder: Path) -> None:
     """A wheel and an sdist of the package `selfaug-letters`, as an index would hold them."""
     folder.mkdir(parents=True, exist_ok=True)
     info = "selfaug_letters-1.0.dist-info"
     with zipfile.ZipFile(folder / "selfaug_letters-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("letters/letters.txt", TEXT)
+        wheel.writestr("letters/more/", "")
+        wheel.writestr("letters/more/d.txt", b"d\n")
+        wheel.writestr("letters/more/deep/e.txt", b"e\n")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: selfaug-letters\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")

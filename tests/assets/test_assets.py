@@ -1,21 +1,20 @@
 """The assets: fetched once, verified, whole or not there at all. No network and no torch, but for the last test."""
 
 import errno
-import gzip
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow as pa
 import pytest
 
 from selfaug.assets import __main__ as command
-from selfaug.assets import asset_path, fetch, parse, pip_download, registry
-from selfaug.errors import UserError
+from selfaug.assets import asset_path, asset_paths, fetch, pip_download, registry
 from tests.assets import fake_assets as fakes
+from tests.assets.helpers import lines, refused
 
 GENUINE_DOWNLOAD = pip_download.download
 ROOT = Path(__file__).parents[2]
@@ -74,6 +73,21 @@ def test_two_assets_of_one_archive_download_it_once(cache, archives):
     assert fakes.downloads(archives) == 1
 
 
+def test_several_assets_are_asked_for_at_once(cache, archives):
+    assert asset_paths(["more-letters", "letters"]) == [cache / "assets" / name for name in ("more-letters", "letters")]
+    assert fakes.downloads(archives) == 1
+
+
+def test_a_folder_of_a_wheel_is_given_to_build_whole(archives):
+    wanted = fakes.asset(archives, member="letters/more/", build=fakes.folder_of_letters, count=2, unit="files")
+    (folder,) = fetch.fetch([wanted])
+    found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.txt")}
+    assert found == {"letters/d.txt": "d\n", "letters/deep/e.txt": "e\n"}
+    assert fetch.is_finished(wanted)
+    (folder / "letters" / "deep" / "e.txt").unlink()
+    assert not fetch.is_finished(wanted)
+
+
 def test_kept_archives_are_used_again(cache, archives):
     fetch.fetch([registry.find("letters")], keep_archives=True)
     assert [p.name for p in (cache / "archives").iterdir()] == ["selfaug_letters-1.0-py3-none-any.whl"]
@@ -100,17 +114,6 @@ def test_an_asset_made_by_an_older_recipe_or_damaged_is_made_again(cache, archiv
 
 
 # What goes wrong is one sentence
-
-
-def refused(call, *fragments):
-    """The call raises a UserError of one sentence that holds the fragments."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for fragment in fragments:
-        assert fragment in message
-    return message
 
 
 def test_wrong_hash_from_the_index(cache, archives):
@@ -216,6 +219,18 @@ def test_a_link_in_the_archive_is_refused(archives, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["letters/more/../../escaped.txt", "letters/more/{absolute}"])
+def test_a_folder_with_a_member_outside_is_refused(tmp_path, name):
+    escaped = tmp_path / "escaped.txt"
+    with zipfile.ZipFile(tmp_path / "evil.whl", "w") as wheel:
+        wheel.writestr("letters/more/a.txt", b"a")
+        wheel.writestr(name.format(absolute=escaped), b"b")
+    (tmp_path / "x").mkdir()
+    refused(lambda: fetch.extract_folder(tmp_path / "evil.whl", "letters/more/", tmp_path / "x" / "y"), "outside the")
+    assert not escaped.exists()
+    assert list((tmp_path / "x").iterdir()) == []
+
+
 # Killed and concurrent
 
 
@@ -278,9 +293,17 @@ def test_command_fetches_the_default_set(cache, archives, capsys):
     assert "letters (fetched, default set)" in capsys.readouterr().out
 
 
+def test_command_fetches_the_benchmarks(cache, archives, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "BENCHMARKS", ("more-letters",))
+    assert command.main(["benchmarks"]) == 0
+    assert capsys.readouterr().out == f"more-letters: {cache / 'assets' / 'more-letters'}\n"
+
+
 def test_unknown_name_is_one_sentence_with_the_closest(cache, capsys):
     assert command.main(["sqad"]) == 1
     assert capsys.readouterr().err == "selfaug.assets: There is no asset 'sqad': did you mean 'squad'?\n"
+    refused(lambda: registry.select(["squad", "benchmark"]), "did you mean 'benchmarks'?")
+    refused(lambda: asset_path("benchmarks"), "There is no asset 'benchmarks'")
     refused(lambda: asset_path("???"), "choose one of smollm2-135m-instruct, squad")
 
 
@@ -289,86 +312,16 @@ def test_the_default_set_exists():
     assert len(registry.select(["all", "squad"])) == len(registry.ASSETS)
 
 
+def test_the_benchmarks_are_a_group_outside_the_default_set():
+    names = [asset.name for asset in registry.select(["benchmarks", "mmlu"])]
+    assert names == list(registry.BENCHMARKS)
+    assert {"ifeval", "punkt-tab", "hellaswag", "mmlu"} < set(names) < set(registry.ASSETS)
+    assert not set(names) & set(registry.DEFAULT)
+
+
 def test_importing_the_assets_does_not_import_torch():
     code = "import sys, selfaug.assets, selfaug.assets.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-# Parsing
-
-
-def requests(tmp_path, *docs):
-    path = tmp_path / "requests.jsonl.gz"
-    path.write_bytes(gzip.compress("".join(json.dumps({"doc": doc}) + "\n" for doc in docs).encode()))
-    return path
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_squad_is_parsed_and_checked(tmp_path):
-    doc = {
-        "id": "1",
-        "query": "Title: Big_Ben\nBackground: It is\na tall clock.\nQuestion: What is it?\nAnswer:",
-        "answers_text": ["a tall clock", "clock", "clock"],
-    }
-    assert parse.squad(requests(tmp_path, doc), tmp_path) == 1
-    assert lines(tmp_path / "squad.jsonl") == [
-        {
-            "id": "1",
-            "title": "Big Ben",
-            "question": "What is it?",
-            "answers": ["a tall clock", "clock"],
-            "paragraph": "It is\na tall clock.",
-        }
-    ]
-    refused(lambda: parse.squad(requests(tmp_path, doc | {"answers_text": ["a dog"]}), tmp_path), "answer to 1")
-    refused(lambda: parse.squad(requests(tmp_path, doc | {"query": "Who?"}), tmp_path), "known format")
-
-
-def test_drop_joins_the_spans_of_an_answer(tmp_path):
-    doc = {"query_id": "q", "question": "Who?", "passage": "Ann and Bob.", "answers": [["Ann", "Bob"], ["Ann", "Bob"]]}
-    parse.drop(requests(tmp_path, doc), tmp_path)
-    assert lines(tmp_path / "drop.jsonl")[0]["answers"] == ["Ann, Bob"]
-
-
-def arrow(tmp_path, rows):
-    path = tmp_path / "data.arrow"
-    table = pa.Table.from_pylist(rows)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return path
-
-
-def test_boolq_answers_are_yes_and_no(tmp_path):
-    rows = [{"question": "is it", "answer": flag, "passage": "It is."} for flag in (True, False)]
-    assert parse.boolq(arrow(tmp_path, rows), tmp_path) == 2
-    assert [row["answers"] for row in lines(tmp_path / "boolq.jsonl")] == [["yes"], ["no"]]
-
-
-def test_triviaqa_has_the_canonical_answer_first(tmp_path):
-    row = {"question_id": "t", "question": "Who?", "answer": {"value": "Jane Austen", "aliases": ["Austen"]}}
-    parse.triviaqa(arrow(tmp_path, [row]), tmp_path)
-    assert lines(tmp_path / "triviaqa.jsonl")[0]["answers"] == ["Jane Austen", "Austen"]
-
-
-def test_wikipedia_articles_get_their_paragraphs_back(tmp_path):
-    raw = tmp_path / "wiki.txt"
-    raw.write_text('The U.S.Army is old.It is "big".See (it).End\nSecond article.\n\n', encoding="utf-8")
-    assert parse.wikipedia_articles(raw, tmp_path) == 2
-    first = lines(tmp_path / "articles.jsonl")[0]
-    assert first["text"] == 'The U.S.Army is old.\n\nIt is "big".\n\nSee (it).\n\nEnd'
-
-
-def test_json_files(tmp_path):
-    raw = tmp_path / "in.json"
-    raw.write_text(json.dumps([{"instruction": "Say", "input": "", "output": "é", "system": "x"}]), encoding="utf-8")
-    assert parse.alpaca(raw, tmp_path) == 1
-    assert lines(tmp_path / "alpaca.jsonl") == [{"id": "alpaca-0", "instruction": "Say", "input": "", "output": "é"}]
-    raw.write_text(json.dumps({"A": {"title": "A", "extract": " Text. ", "topic": "Arts"}}), encoding="utf-8")
-    assert parse.wikipedia_leads(raw, tmp_path) == 1
-    assert lines(tmp_path / "leads.jsonl") == [{"id": "lead-00000", "title": "A", "text": "Text."}]
 
 
 # The real ones
@@ -393,3 +346,25 @@ def test_the_packaged_model_and_squad():
     questions = lines(asset_path("squad") / "squad.jsonl")
     assert len(questions) == 1000
     assert all(any(answer in q["paragraph"] for answer in q["answers"]) for q in questions)
+
+
+@pytest.mark.assets
+def test_the_packaged_benchmarks():
+    folder = dict(zip(registry.BENCHMARKS, asset_paths(["benchmarks"]), strict=True))
+    prompts = lines(folder["ifeval"] / "test.jsonl")
+    assert sum(len(prompt["instruction_id_list"]) for prompt in prompts) == 834
+    assert prompts[1]["kwargs"] == [{}]
+    # The published numbers of right answers A, B, C and D: the choices are in their first order.
+    questions = lines(folder["mmlu"] / "test.jsonl")
+    answers = [question["answer"] for question in questions]
+    assert [answers.count(index) for index in range(4)] == [3222, 3462, 3582, 3776]
+    assert len({question["subject"] for question in questions}) == 57
+    # Known documents, whose right answers are plain to a reader.
+    arc = lines(folder["arc-easy"] / "test.jsonl")[0]
+    assert arc["choices"]["text"][arc["choices"]["label"].index(arc["answerKey"])].startswith("Sunlight is the source")
+    hellaswag = lines(folder["hellaswag"] / "validation.jsonl")[0]
+    assert hellaswag["endings"][int(hellaswag["label"])] == "starts pulling up roofing on a roof."
+    piqa = lines(folder["piqa"] / "validation.jsonl")[0]
+    assert "paper strips" in piqa[("sol1", "sol2")[piqa["label"]]]
+    assert lines(folder["lambada"] / "test.jsonl")[0]["text"].endswith("I don't care about signs")
+    assert lines(folder["gsm8k"] / "test.jsonl")[0]["answer"].endswith("\n#### 18")

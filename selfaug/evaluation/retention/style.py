@@ -1,0 +1,34 @@
+"""Style: how a model answers, whatever it says.
+
+Fine-tuning on short answers shortens all answers long before a benchmark notices. Of each free answer:
+
+    words       how many
+    one_line    1 if it is a single line, else 0
+    refusal     1 if it opens by declining, else 0 (a list of English phrases: a floor, not a judgement)
+    repetition  share of its four-word sequences that it has used before (0 where it has fewer than five words)
+    empty       1 if there is no text at all
+"""
+
+import re
+
+METRICS = ("words", "one_line", "refusal", "repetition", "empty")
+
+_REFUSAL = re.compile(
+    r"(i'?m|i am) (sorry|afraid|unable|not able)|i (can'?t|cannot|can not|won'?t|will not|don'?t have)|as an ai|"
+    r"unfortunately,? i|(it|that) is not (possible|appropriate)|no,? i (can'?t|cannot)"
+)
+_OPENING = 120  # characters in which a refusal says so
+_GRAM = 4
+
+
+def style(text: str) -> dict[str, float]:
+    """The metrics of one answer."""
+    words = text.split()
+    grams = [tuple(words[i : i + _GRAM]) for i in range(len(words) - _GRAM + 1)]
+    return {
+        "words": float(len(words)),
+        "one_line": float(len([line for line in text.splitlines() if line.strip()]) == 1),
+        "refusal": float(bool(_REFUSAL.search(text.strip().lower().replace("’", "'")[:_OPENING]))),
+        "repetition": 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0,
+        "empty": float(not words),
+    }

