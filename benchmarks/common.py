@@ -27,10 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from selfaug import processor
 from selfaug.reporting.results import code_version
-
-processor.tune()  # as selfaug.train does, for everything that is compared
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

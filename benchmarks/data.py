@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.common import Column, Row, value
 from benchmarks.models import RANDOM, adapted, model_folder
+from selfaug import processor
 from selfaug.data.batching import MicroBatch, Step, StepDataset, StepLoader, StepSampler
 from selfaug.data.collate import collate
 from selfaug.model.decoder import Decoder
@@ -148,6 +149,7 @@ def packaged(name: str, vocabulary: int) -> Rows:
 
 
 def main(argv: list[str] | None = None) -> None:
+    processor.tune()  # as selfaug.train does, for everything that is compared
     parser = common.parser(__doc__, "data")
     parser.add_argument("--data", type=common.names, default=("squad", "long-tailed"), help="long-tailed, or selfaug's")
     parser.add_argument("--steps-of", type=common.numbers, default=(16, 64), help="examples in an optimiser step")

@@ -16,6 +16,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import MEGABYTES, Column, Row, value, with_range
 from benchmarks.peers import IMPLEMENTATIONS, Run, errors, exact, make_problem
+from selfaug import processor
 
 DTYPES = ("float32", "bf16", "autocast")
 COLUMNS = (
@@ -127,7 +128,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=300, help="stop a case after so long, but not before 3 rounds")
     parser.add_argument("--keep", action="store_true", help="keep what the file holds about other cases")
+    parser.add_argument("--huge-pages", action="store_true", help="as selfaug.train sets it, not as PyTorch does")
     arguments = parser.parse_args(argv)
+    if arguments.huge_pages:
+        processor.tune()
     if arguments.quick:
         arguments.shapes, arguments.rounds = "64x1000x32", 3
     unknown = (set(arguments.only) - set(IMPLEMENTATIONS)) | (set(arguments.dtypes) - set(DTYPES))

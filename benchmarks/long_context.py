@@ -15,6 +15,7 @@ from benchmarks import common
 from benchmarks.common import Column, Row, value
 from benchmarks.models import RANDOM, SHAPES, model_folder
 from benchmarks.step import Training
+from selfaug import processor
 
 GIB = 2**30
 # Float32 [T, V] tensors that are alive at once in the official computation, as benchmarks.linear_kl measures it: logits
@@ -64,6 +65,7 @@ def measure(folder: str, arguments: argparse.Namespace) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    processor.tune()  # as selfaug.train does, for everything that is compared
     parser = common.parser(__doc__, "long_context")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--limit-gib", type=float, default=24.0)

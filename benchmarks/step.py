@@ -24,6 +24,7 @@ from benchmarks import common
 from benchmarks.common import MEGABYTES, Column, Row, value, with_range
 from benchmarks.models import adapted, contexts, model_folder
 from benchmarks.peers import official_loss
+from selfaug import processor
 from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import Decoder
 from selfaug.model.entries import MemoryEntries
@@ -149,6 +150,7 @@ def measure(folder: str, context: int, arguments: argparse.Namespace) -> list[Ro
 
 
 def main(argv: list[str] | None = None) -> None:
+    processor.tune()  # as selfaug.train does, for everything that is compared
     parser = common.parser(__doc__, "step")
     parser.add_argument("--model", default="asset:smollm2-135m-instruct", help="a model of selfaug, or random:SHAPE")
     parser.add_argument("--contexts", type=common.numbers, default=(1024,), help="tokens of an example, with commas")

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Column, Row, value
+from selfaug import processor
 from selfaug.evaluation.answers import exact_match, token_f1
 from selfaug.evaluation.statistics import paired_difference, t_interval
 from selfaug.reporting.results import Results, read_results
@@ -205,6 +206,7 @@ def measure(place: Path, arguments: argparse.Namespace) -> tuple[list[Row], list
 
 
 def main(argv: list[str] | None = None) -> None:
+    processor.tune()  # as selfaug.train does, for everything that is compared
     parser = common.parser(__doc__, "sweep")
     parser.add_argument("--alphas", type=common.names, default=("0.1", "0.3", "0.5", "1", "2"))
     parser.add_argument("--epochs", type=int, default=2)

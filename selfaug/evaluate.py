@@ -80,12 +80,15 @@ def with_settings_of_run(config: DictConfig) -> DictConfig:
 
 
 def _task(config: DictConfig) -> None:
+    from selfaug.reporting.retention_table import retention_table
     from selfaug.reporting.table import console, results_table
 
     directory = HydraConfig.get().runtime.output_dir
     results = evaluate(config, directory)
     page = console()
-    page.print(results_table(results))
+    for table in (results_table(results), retention_table(results)):
+        if table is not None:
+            page.print(table)
     page.print(f"Prompts, answers and results.json: {directory}", soft_wrap=True, highlight=False)
 
 

@@ -96,6 +96,7 @@ class SelfAugModule(L.LightningModule):
             shard,
         )
         self.step_seconds = 0.0
+        self.latest: dict[str, float] = {}  # what was logged of the last optimiser step
         self.step_tokens = 0  # of the last optimiser step, over all processes, without padding
         self._sums = torch.zeros(2, 1)  # of the validation: [2, parts], nats and rows
 
@@ -167,6 +168,7 @@ class SelfAugModule(L.LightningModule):
             values[f"train/rows_{name}"] = int(totals[i])
         for name, term in self.objective.terms.items():
             values["train/alpha" if len(self.objective.terms) == 1 else f"train/alpha_{name}"] = term.alpha
+        self.latest = values
         self.write_metrics(values)
         self.log_dict({name: values[f"train/{name}"] for name in self.objective.names}, prog_bar=True, logger=False)
 

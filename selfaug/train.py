@@ -88,10 +88,13 @@ def _sweep_job(config: DictConfig, directory: str) -> None:
 
 
 def _show(results: Any, directory: str) -> None:
+    from selfaug.reporting.retention_table import retention_table
     from selfaug.reporting.table import console, results_table, samples_panel
 
     page = console()
-    page.print(results_table(results))
+    for table in (results_table(results), retention_table(results)):
+        if table is not None:
+            page.print(table)
     if results.samples:
         page.print(samples_panel(results))
     page.print(f"Adapter, metrics and results.json: {directory}", soft_wrap=True, highlight=False)

@@ -62,16 +62,18 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def chunk_rows(rows: int, row_bytes: int, device: torch.device, chunk_bytes: int | None) -> int:
+def chunk_rows(rows: int, row_bytes: int, device: torch.device, chunk_bytes: int | None, least: int = 1) -> int:
     """How many of `rows` rows make a chunk whose buffers, `row_bytes` for each row, stay within `chunk_bytes`.
 
-    All chunks get about as many rows. At least one row, whatever it takes.
+    All chunks get about as many rows. At least one row, whatever it takes; `least` where no budget is given.
     """
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    else:
+        least = 1
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-    most = max(1, chunk_bytes // row_bytes)
+    most = max(least, chunk_bytes // row_bytes)
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 

@@ -19,80 +19,24 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from selfaug.evaluation.statistics import Interval, t_interval
-from selfaug.reporting.results import Metric, Results
-
-NOTHING = "–"
-
-
-@dataclass(frozen=True, slots=True)
-class _Quantity:
-    """How a metric is called and printed."""
-
-    label: str
-    scale: float = 1.0
-    digits: int | None = None  # decimals; None: three significant digits, for what spans orders of magnitude
-
-    def number(self, value: float, sign: bool = False) -> str:
-        value *= self.scale
-        plus = "+" if sign else ""
-        if self.digits is not None:
-            return f"{value:{plus},.{self.digits}f}"
-        small = value != 0 and abs(value) < 0.001
-        return f"{value:{plus}.1e}" if small else f"{value:{plus}.{_decimals(value)}f}"
-
-    def cell(self, interval: Interval | None, sign: bool = False) -> str:
-        """`45.3 [42.1,48.5]`: no space inside the brackets, so that a narrow column breaks before them."""
-        if interval is None or math.isnan(interval.mean):
-            return NOTHING
-        text = self.number(interval.mean, sign)
-        if math.isnan(interval.low) or math.isnan(interval.high):
-            return text
-        return f"{text} [{self.number(interval.low, sign)},{self.number(interval.high, sign)}]"
-
-    def short(self, interval: Interval | None) -> str:
-        """`45.3 ±3.2`: at most three decimals, and half the interval's width to the same decimals."""
-        if interval is None or math.isnan(interval.mean):
-            return NOTHING
-        value, half = interval.mean * self.scale, (interval.high - interval.low) / 2 * self.scale
-        if value and abs(value) < 0.001 and self.digits is None:
-            text, spread = f"{value:.1e}", f"{half:.0e}"
-        else:
-            digits = min(3, _decimals(value)) if self.digits is None else self.digits
-            text, spread = f"{value:,.{digits}f}", f"{half:,.{digits}f}"
-        return text if math.isnan(half) else f"{text} ±{spread}"
-
-
-def _decimals(value: float) -> int:
-    """Decimals that show three significant digits of a number from 0.001 on."""
-    if value == 0 or not math.isfinite(value):
-        return 0
-    return max(0, 2 - math.floor(math.log10(abs(value))))
-
+from selfaug.evaluation.statistics import Interval, over_seeds_and_items, t_interval
+from selfaug.reporting.cells import NOTHING, Quantity, clean, interval_of
+from selfaug.reporting.results import Results
 
 _TASK = {
-    "exact_match": _Quantity("Exact match (%)", 100, 1),
-    "f1": _Quantity("F1 (%)", 100, 1),
-    "crag_score": _Quantity("CRAG score (%)", 100, 1),
-    "correct": _Quantity("Correct (%)", 100, 1),
-    "missing": _Quantity("Missing (%)", 100, 1),
-    "incorrect": _Quantity("Incorrect (%)", 100, 1),
+    "exact_match": Quantity("Exact match (%)", 100, 1),
+    "f1": Quantity("F1 (%)", 100, 1),
+    "crag_score": Quantity("CRAG score (%)", 100, 1),
+    "correct": Quantity("Correct (%)", 100, 1),
+    "missing": Quantity("Missing (%)", 100, 1),
+    "incorrect": Quantity("Incorrect (%)", 100, 1),
 }
 _DRIFT = {
-    "kl_base_tuned": _Quantity("KL(base||tuned)"),
-    "kl_tuned_base": _Quantity("KL(tuned||base)"),
-    "perplexity": _Quantity("Perplexity", 1, 2),
-    "perplexity_ratio": _Quantity("Perplexity ratio", 1, 3),
+    "kl_base_tuned": Quantity("KL(base||tuned)"),
+    "kl_tuned_base": Quantity("KL(tuned||base)"),
+    "perplexity": Quantity("Perplexity", 1, 2),
+    "perplexity_ratio": Quantity("Perplexity ratio", 1, 3),
 }
-
-
-def _interval(metric: Metric | None, part: str) -> Interval | None:
-    """One part of a metric, whether it was just computed (Interval) or read from a file (dictionary, nulls)."""
-    value = (metric or {}).get(part)
-    if value is None or isinstance(value, Interval):
-        return value
-    mean, low, high = (math.nan if value.get(key) is None else float(value[key]) for key in ("mean", "low", "high"))
-    return Interval(mean, low, high, n=int(value.get("n") or 0))
 
 
 def console() -> Console:
@@ -102,7 +46,7 @@ def console() -> Console:
 
 def results_table(results: Results) -> Table:
     """One run: every metric for the base and the tuned model, and the difference, with 95% intervals."""
-    title = Text(f"{_clean(results.name, 60)}, seed {results.seed}", style="bold")
+    title = Text(f"{clean(results.name, 60)}, seed {results.seed}", style="bold")
     table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     table.add_column("", max_width=14, overflow="fold")
     table.add_column("Metric", no_wrap=True)
@@ -110,22 +54,21 @@ def results_table(results: Results) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     groups = [("task", results.task, _TASK)]
     groups += [(corpus, metrics, _DRIFT) for corpus, metrics in results.drift.items()]
-    groups += [(benchmark, metrics, {}) for benchmark, metrics in results.retention.items()]
     for group, metrics, known in groups:
         names = [name for name in known if name in metrics] + [name for name in metrics if name not in known]
         for index, name in enumerate(names):
-            quantity = known.get(name, _Quantity(name.replace("_", " ")))
-            parts = [_interval(metrics[name], part) for part in ("base", "tuned", "difference")]
+            quantity = known.get(name, Quantity(name.replace("_", " ")))
+            parts = [interval_of(metrics[name], part) for part in ("base", "tuned", "difference")]
             cells = [quantity.cell(part, sign=index == 2) for index, part in enumerate(parts)]
-            first = Text(_clean(group, 40) if index == 0 else "", style="bold")
-            label = Text(_clean(quantity.label, 24))
+            first = Text(clean(group, 40) if index == 0 else "", style="bold")
+            label = Text(clean(quantity.label, 24))
             table.add_row(first, label, *map(Text, cells), end_section=index == len(names) - 1)
     table.caption = Text(_caption(results), justify="left")
     return table
 
 
 def _caption(results: Results) -> str:
-    questions = {part.n for metric in results.task.values() if (part := _interval(metric, "tuned"))}
+    questions = {part.n for metric in results.task.values() if (part := interval_of(metric, "tuned"))}
     asked = f"{max(questions):,} questions. " if questions else ""
     return f"{asked}In brackets: 95% intervals (bootstrap over questions or documents). KL in nats per token."
 
@@ -138,17 +81,11 @@ def samples_panel(results: Results, n: int = 3) -> Panel:
     for index, sample in enumerate(results.samples[:n]):
         if index:
             grid.add_row()
-        accepted = " · ".join(_clean(answer, 80) for answer in sample["answers"][:4])
-        grid.add_row("question", Text(_clean(sample["question"], 200), style="bold"))
+        accepted = " · ".join(clean(answer, 80) for answer in sample["answers"][:4])
+        grid.add_row("question", Text(clean(sample["question"], 200), style="bold"))
         for name, text in (("accepted", accepted), ("base", sample["base"]), ("tuned", sample["tuned"])):
-            grid.add_row(name, Text(_clean(text, 240) or "(nothing)"))
+            grid.add_row(name, Text(clean(text, 240) or "(nothing)"))
     return Panel(grid if grid.rows else Text("no samples"), title="Sample answers", title_align="left")
-
-
-def _clean(text: Any, length: int) -> str:
-    """On one line and not longer than `length`. Escape sequences and the like would reach the terminal."""
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in str(text)).split())
-    return line if len(line) <= length else line[: length - 1].rstrip() + "…"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,8 +122,9 @@ def as_markdown(results: Sequence[Results]) -> str:
 
 
 _COMPARISON_NOTE = (
-    "± is half a 95% interval: over questions or documents in the row of a run, over seeds (Student t) in a row of "
-    "means. KL in nats per token; ppl ratio: perplexity of the tuned model / of the base."
+    "± is half a 95% interval: over questions or documents in the row of a run, over seeds (Student t; of general "
+    "benchmarks over their items too) in a row of means. kept: tuned / base, averaged over the benchmarks that are "
+    "above chance. KL in nats per token; ppl ratio: perplexity of the tuned model / of the base."
 )
 
 
@@ -200,15 +138,17 @@ class _Row:
 class _Column:
     header: str
     narrow: list[str]  # the same in lines of a few characters
-    quantity: _Quantity
+    quantity: Quantity
     tuned: Callable[[Results], Interval | None]
     base: Callable[[Results], Interval | None]
+    # Whether a mean over seeds also carries the uncertainty of the items, which are the same for every seed.
+    same_items: bool = False
 
 
 def _columns(results: Sequence[Results]) -> list[_Column]:
     def task(header: str, name: str) -> _Column:
         def read(part: str) -> Callable[[Results], Interval | None]:
-            return lambda run: _interval(run.task.get(name), part)
+            return lambda run: interval_of(run.task.get(name), part)
 
         return _Column(f"{header} (%)", [header, "%"], _TASK[name], read("tuned"), read("base"))
 
@@ -216,7 +156,7 @@ def _columns(results: Sequence[Results]) -> list[_Column]:
         read = _perplexity_ratio if name == "perplexity_ratio" else _kl
         # A model does not drift from itself, by definition: no interval.
         constant = Interval(base, math.nan, math.nan, 1)
-        shown = _clean(corpus, 28)
+        shown = clean(corpus, 28)
         return _Column(
             f"{shown} {_DRIFT[name].label}",
             [*textwrap.wrap(shown, 7), *lines],
@@ -230,20 +170,42 @@ def _columns(results: Sequence[Results]) -> list[_Column]:
         columns.append(drift(corpus, "kl_base_tuned", ["KL", "base||", "tuned"], 0.0))
         columns.append(drift(corpus, "kl_tuned_base", ["KL", "tuned||", "base"], 0.0))
         columns.append(drift(corpus, "perplexity_ratio", ["ppl", "ratio"], 1.0))
-    columns.append(_Column("time (s)", ["time", "s"], _Quantity("time", 1, 0), _seconds, lambda run: None))
+    for benchmark in dict.fromkeys(benchmark for run in results for benchmark in run.retention):
+        columns.append(_benchmark(benchmark))
+    if any(run.retention_mean for run in results):
+        columns.append(
+            _Column("kept (%)", ["kept", "%"], Quantity("kept", 100, 1),
+                    lambda run: interval_of(run.retention_mean, "retention"), lambda run: None, same_items=True)
+        )  # fmt: skip
+    columns.append(_Column("time (s)", ["time", "s"], Quantity("time", 1, 0), _seconds, lambda run: None))
     return columns
 
 
+def _benchmark(name: str) -> _Column:
+    """Its main metric, the one that counts for the mean."""
+
+    def read(part: str) -> Callable[[Results], Interval | None]:
+        def of(run: Results) -> Interval | None:
+            main = next((metric for metric in run.retention.get(name, {}).values() if metric.get("main")), None)
+            return interval_of(main, part)
+
+        return of
+
+    shown = clean(name, 28)
+    lines = textwrap.wrap(shown.replace("_", " "), 7)
+    return _Column(f"{shown} (%)", [*lines, "%"], Quantity(shown, 100, 1), read("tuned"), read("base"), same_items=True)
+
+
 def _kl(run: Results, corpus: str, name: str) -> Interval | None:
-    return _interval(run.drift.get(corpus, {}).get(name), "tuned")
+    return interval_of(run.drift.get(corpus, {}).get(name), "tuned")
 
 
 def _perplexity_ratio(run: Results, corpus: str, name: str) -> Interval | None:
     """As measured, with its paired interval; else from the two perplexities, which gives no interval."""
     metrics = run.drift.get(corpus, {})
-    if (measured := _interval(metrics.get(name), "tuned")) is not None:
+    if (measured := interval_of(metrics.get(name), "tuned")) is not None:
         return measured
-    base, tuned = (_interval(metrics.get("perplexity"), part) for part in ("base", "tuned"))
+    base, tuned = (interval_of(metrics.get("perplexity"), part) for part in ("base", "tuned"))
     if base is None or tuned is None or not base.mean:
         return None
     return Interval(tuned.mean / base.mean, math.nan, math.nan, tuned.n)
@@ -270,23 +232,26 @@ def _comparison(results: Sequence[Results]) -> tuple[list[_Column], list[_Row]]:
             run = results[index]
             label = labels[index]
             if len(members) > 1 or not label:
-                label = f"{label}, seed={run.seed}" if label else _clean(run.name, 40) + f", seed={run.seed}"
+                label = f"{label}, seed={run.seed}" if label else clean(run.name, 40) + f", seed={run.seed}"
             if run.status != "finished":
-                label += f" ({_clean(run.status, 20)})"
+                label += f" ({clean(run.status, 20)})"
             rows.append(_Row([label, *(c.quantity.short(c.tuned(run)) for c in columns)]))
         # The same seed twice (a copied directory) is not a second opinion.
         seeds = {results[i].seed: results[i] for i in members if results[i].status == "finished"}
         if len(seeds) > 1:
-            label = labels[members[0]] or _clean(results[members[0]].name, 40)
-            cells = [c.quantity.short(_over_seeds(map(c.tuned, seeds.values()))) for c in columns]
+            label = labels[members[0]] or clean(results[members[0]].name, 40)
+            cells = [c.quantity.short(_over_seeds(map(c.tuned, seeds.values()), c.same_items)) for c in columns]
             rows.append(_Row([f"{label}: mean of {len(seeds)} seeds", *cells], summary=True))
     return columns, rows
 
 
-def _over_seeds(intervals: Iterable[Interval | None]) -> Interval | None:
-    means = [interval.mean if interval else math.nan for interval in intervals]
+def _over_seeds(intervals: Iterable[Interval | None], same_items: bool) -> Interval | None:
+    runs = list(intervals)
+    known = [run for run in runs if run is not None and not math.isnan(run.mean)]
     # A mean over the seeds that happened to have a number would be a mean of something else.
-    return None if any(map(math.isnan, means)) else t_interval(means)
+    if len(known) < len(runs):
+        return None
+    return over_seeds_and_items(known) if same_items else t_interval([run.mean for run in known])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,7 +319,7 @@ def setting_labels(configs: Sequence[dict[str, Any]]) -> list[str]:
         for keys in groups:
             present = [key for key in keys if key in settings]
             named = present[:1] if len(present) > _NAMED_TOGETHER else present
-            parts += [f"{short[key]}={_clean(_shown(settings[key]), 32)}" for key in named]
+            parts += [f"{short[key]}={clean(_shown(settings[key]), 32)}" for key in named]
             if len(named) < len(present):
                 parts[-1] += f" (+{len(present) - 1})"
         labels.append(", ".join(parts))

@@ -16,7 +16,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from torch.distributed.tensor import DTensor
 
+from selfaug.callbacks.advice import Advice
 from selfaug.callbacks.reference_fill import FillReference
+from selfaug.callbacks.retention_probe import ProbeConfig, RetentionProbe
 from selfaug.callbacks.saving import SaveCheckpoints, newest_checkpoint
 from selfaug.callbacks.throughput import Throughput
 from selfaug.callbacks.verify import VerifyModel
@@ -28,6 +30,7 @@ from selfaug.module import SelfAugModule
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory
 from selfaug.run.memory import MemoryPlan
+from selfaug.run.score import chat_settings, drift_settings
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     throughput = Throughput()
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
     plan = MemoryPlan(data)
-    callbacks: list[Callback] = [plan, throughput, saving]
+    # What writes metrics of a step comes before what saves its checkpoint.
+    callbacks: list[Callback] = [plan, throughput, *watching(config, data), saving]
     if build.needs_accelerator(module.model):
         callbacks.insert(0, VerifyModel(partial(build.verify, packing=config.data.packing)))
     fill = None
@@ -87,6 +91,18 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     trainer.strategy.barrier()
     if saving.stop_requested:  # too late for a checkpoint: the training is complete, only the scores are missing
         sys.exit(SIGTERM_EXIT)
+
+
+def watching(config: DictConfig, data: RagDataModule) -> list[Callback]:
+    """The callbacks that measure forgetting meanwhile, and what they advise."""
+    wanted = config.callbacks.get("retention_probe")
+    if not wanted:
+        return [Advice(lambda: None)]
+    drift, words = drift_settings(config), chat_settings(config)
+    probe = RetentionProbe(
+        build.call(ProbeConfig, "callbacks/retention_probe", **build.plain(wanted)), drift, data.tokenizer, words
+    )
+    return [probe, Advice(lambda: max((v for k, v in probe.latest.items() if "drift" in k), default=None))]
 
 
 def save_adapter(module: SelfAugModule, directory: Path) -> None:

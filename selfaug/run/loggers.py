@@ -50,12 +50,15 @@ def log_results(loggers: list[Logger], results: Results) -> None:
 
 def scalars(results: Results) -> dict[str, float]:
     """task/exact_match, task/exact_match_base, drift/wikipedia/kl_base_tuned ...: the means of results.json."""
-    groups = {"task": results.task, **{f"drift/{name}": metrics for name, metrics in results.drift.items()}}
+    groups = {"task": results.task, "retention/mean": {"kept": results.retention_mean}}
+    for group, found in (("drift", results.drift), ("retention", results.retention), ("style", results.style)):
+        groups |= {f"{group}/{name}": metrics for name, metrics in found.items()}
     values: dict[str, float] = {}
     for group, metrics in groups.items():
         for name, metric in metrics.items():
             for part, interval in metric.items():
-                if interval is not None and interval["mean"] is not None:
+                # Beside intervals a benchmark has a p and marks.
+                if isinstance(interval, dict) and interval["mean"] is not None:
                     values[f"{group}/{name}" + ("" if part == "tuned" else f"_{part}")] = interval["mean"]
     return values
 

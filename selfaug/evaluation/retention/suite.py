@@ -103,6 +103,12 @@ class Suite:
             found[STYLE] = self._free_answers(model, store, which, template)
         return found
 
+    def items(self, model: nn.Module, name: str) -> list[Item]:
+        """One benchmark as `model` answers it now; nothing is kept."""
+        lm = self._lm(model, "tuned")
+        lm.description = name
+        return run_benchmark(lm, name, self.config, {}).items
+
     def _lm(self, model: nn.Module, which: str) -> Any:
         from selfaug.evaluation.retention.lm import RetentionLM
 
