@@ -71,7 +71,7 @@ def command(way: str, place: Path, alphas: Sequence[str], arguments: argparse.Na
     """What a user would type."""
     corpora = "evaluation.drift.corpora"
     settings = [
-        *WAYS[way], f"paths.runs_dir={place / way}", f"reference.directory={place / 'reference'}",
+        *WAYS[way], "evaluation=task", f"paths.runs_dir={place / way}", f"reference.directory={place / 'reference'}",
         f"trainer.max_epochs={arguments.epochs}", f"data.batch_size={arguments.batch}",
         f"data.limit_train={arguments.examples}", "data.limit_val=4", f"evaluation.rag.limit={arguments.questions}",
         f"evaluation.samples={arguments.questions}", f"seed={arguments.seed}", "progress=false",

@@ -25,6 +25,7 @@ from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import Decoder
 from selfaug.model.entries import MemoryEntries
 from selfaug.ops.head import CHUNK_BYTES, product_dtype
+from selfaug.ops.linear_kl import LEAST_ROWS
 from selfaug.run.machine import GB, free_unused, heap_factor, resident_bytes, room
 from selfaug.run.probe import Measured, measure
 
@@ -110,8 +111,8 @@ def count(
         gradients=adapters * (2 if processes > 1 else 1),  # and the buckets in which they are exchanged
         optimiser=2 * adapters,
         head=0 if product == head.dtype else head.numel() * product.itemsize,
-        logits=2 * product.itemsize * len(head),
-        chunk=CHUNK_BYTES.get(head.device.type, CHUNK_BYTES["cuda"]),
+        logits=(row := 2 * product.itemsize * len(head)),
+        chunk=max(CHUNK_BYTES["cpu"], LEAST_ROWS * row) if head.device.type == "cpu" else CHUNK_BYTES["cuda"],
         measured=measure(model, forward_context, reference=reference),
         heap=heap_factor(head.device),
         layers=config.get_text_config().num_hidden_layers,
