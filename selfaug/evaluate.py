@@ -73,9 +73,9 @@ def with_settings_of_run(config: DictConfig) -> DictConfig:
             if key in theirs:
                 merged[key] = theirs[key]
         for override in said:
-            name, _, value = override.lstrip("+").partition("=")
+            name = override.lstrip("+").partition("=")[0]
             if name.split(".")[0] in _OF_THE_RUN and "." in name:
-                OmegaConf.update(merged, name, OmegaConf.create({"value": value}).value if value else None)
+                OmegaConf.update(merged, name, OmegaConf.select(config, name))
     return merged
 
 

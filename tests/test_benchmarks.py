@@ -128,7 +128,9 @@ def test_sweep(workspace: Runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "execute", inline)
     own = [
-        setting for setting in workspace.overrides() if not setting.startswith(("data.batch_size", "evaluation.rag"))
+        setting
+        for setting in workspace.overrides()
+        if not setting.startswith(("data.batch_size", "evaluation=", "evaluation.rag"))
     ]
     monkeypatch.setattr(Runs, "overrides", lambda self: own)
     rows = run(sweep.main, tmp_path / "sweep.json", "--context", "0", "--override", "evaluation.rag.max_new_tokens=2")

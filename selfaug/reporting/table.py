@@ -44,8 +44,11 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=110)
 
 
-def results_table(results: Results) -> Table:
-    """One run: every metric for the base and the tuned model, and the difference, with 95% intervals."""
+def results_table(results: Results) -> Table | None:
+    """Task and drift of one run, for the base and the tuned model, and the difference, with 95% intervals; None where
+    neither was measured."""
+    if not results.task and not results.drift:
+        return None
     title = Text(f"{clean(results.name, 60)}, seed {results.seed}", style="bold")
     table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     table.add_column("", max_width=14, overflow="fold")

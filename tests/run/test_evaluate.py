@@ -1,0 +1,169 @@
+"""python -m selfaug.evaluate: every kind of target, and the wrong ones."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from selfaug import evaluate, train
+from tests.evaluation.retention.tiny_items import items  # noqa: F401
+from tests.run.conftest import Runs
+from tests.run.test_errors import refused
+
+SMALL = ("evaluation=quick", "evaluation.retention.benchmarks={ifeval: {items: 3, max_new_tokens: 4}, arc_easy: "
+         "{items: 4}, hellaswag: null, piqa: null, lambada: null}", "evaluation.style.prompts=2",
+         "evaluation.style.max_new_tokens=4")  # fmt: skip
+
+
+def scored(runs: Runs, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `python -m selfaug.evaluate` would, in this process."""
+    known = ("model", "data.path", "data=", "evaluation", "trainer", "progress", "data.source", "data.prompt")
+    shared = [one for one in runs.overrides() if one.startswith(known) and one != "evaluation=task"]
+    with mock.patch.object(train, "main", evaluate.main), mock.patch.object(runs, "overrides", list):
+        return runs.inline(*shared, *SMALL, *arguments)
+
+
+def results(runs: Runs) -> dict:
+    (file,) = runs.runs.glob("evaluate-*/results.json")
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an adapter that has learned something, and its checkpoint."""
+    return workspace.into(tmp_path_factory.mktemp("run")).done(
+        "trainer.max_steps=4", "optimizer.lr=0.05", "callbacks.checkpoint_every_n_steps=4"
+    )
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter", "checkpoint"])
+def test_adapters(finished: Path, runs: Runs, items, kind: str):  # noqa: F811
+    target = {"run": finished, "adapter": finished / "adapter", "checkpoint": finished / "checkpoints/step-4.ckpt"}
+    done = scored(runs, f"target={target[kind]}")
+    assert done.returncode == 0, done.stderr
+    found = results(runs)
+    assert set(found["retention"]) == {"ifeval", "arc_easy"}
+    assert found["retention"]["arc_easy"]["acc"]["difference"]["n"] == 4
+    assert found["task"]["exact_match"]["tuned"]["n"] == 2
+    assert found["drift"]["wikipedia"]["kl_base_tuned"]["tuned"]["mean"] > 0
+    assert set(found["style"]) == {"ifeval", "instructions"}
+    assert "What was kept" in done.stdout
+    (folder,) = runs.runs.glob("evaluate-*/evaluation")
+    assert {path.name for path in (folder / "tuned").iterdir()} == {"ifeval.json", "arc_easy.json", "instructions.json"}
+
+
+def test_all_three_are_the_same_model(finished: Path, runs: Runs, items):  # noqa: F811
+    outputs = []
+    for number, target in enumerate((finished, finished / "adapter", finished / "checkpoints/step-4.ckpt")):
+        own = runs.into(runs.runs / str(number))
+        assert scored(own, f"target={target}", "evaluation.rag=null", "evaluation.drift=null").returncode == 0
+        (file,) = own.runs.glob("evaluate-*/evaluation/tuned/arc_easy.json")
+        outputs.append([item["output"] for item in json.loads(file.read_text())["items"]])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_a_merged_model(finished: Path, runs: Runs, items, tmp_path: Path):  # noqa: F811
+    base = AutoModelForCausalLM.from_pretrained(runs.path / "model", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, str(finished / "adapter")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    done = scored(runs, f"target={tmp_path / 'merged'}")
+    assert done.returncode == 0, done.stderr
+    assert "drift is not measured" in done.stderr + done.stdout
+    found = results(runs)
+    assert found["drift"] == {}
+    assert found["retention"]["arc_easy"]["acc"]["tuned"]["n"] == 4
+
+
+def test_baseline(runs: Runs, items):  # noqa: F811
+    done = scored(runs, "baseline")
+    assert done.returncode == 0, done.stderr
+    found = results(runs)
+    assert "tuned" not in found["retention"]["ifeval"]["prompt_strict"]
+    assert "tuned" not in found["task"]["f1"]
+
+
+def test_a_training_run_is_scored_with_the_benchmarks(runs: Runs, items):  # noqa: F811
+    directory = runs.done("trainer.max_steps=2", *SMALL)
+    found = json.loads((directory / "results.json").read_text())
+    assert set(found["retention"]) == {"ifeval", "arc_easy"}
+    assert "own answers to ifeval" in found["drift"]
+    assert (directory / "evaluation/base/ifeval.json").is_file()
+
+
+def test_nothing_is_measured_where_nothing_is_asked(runs: Runs):
+    shared = [one for one in runs.overrides() if not one.startswith("evaluation")]
+    with mock.patch.object(runs, "overrides", return_value=shared):
+        directory = runs.done("trainer.max_steps=2", "evaluation=none")
+    found = json.loads((directory / "results.json").read_text())
+    assert (found["task"], found["drift"], found["retention"]) == ({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ((), ("target",)),
+        (("target=nowhere/at/all",), ("target=nowhere/at/all", "does not exist")),
+        (("target=nowhere.ckpt",), ("target=nowhere.ckpt", "does not exist")),
+        (
+            ("baseline", *(f"evaluation.{part}=null" for part in ("rag", "drift", "retention", "style"))),
+            ("evaluation=none", "quick"),
+        ),
+        (("baseline", "evaluation.retention.backend=vllm"), ("backend=vllm", "pip install vllm")),
+        (("baseline", "evaluation.retention.benchmarks.arc_easy.items=-1"), ("arc_easy.items=-1",)),
+    ],
+)
+def test_wrong_targets(runs: Runs, items, arguments: tuple[str, ...], parts: tuple[str, ...]):  # noqa: F811
+    refused(scored(runs, *arguments), *parts)
+
+
+def test_vllm_gets_the_model_and_the_adapter(finished: Path, runs: Runs, items, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    """vLLM itself needs a GPU: a stand-in with its class's name says what it was given."""
+    given: list[dict] = []
+
+    class VLLM:
+        rank, world_size, tokenizer_name = 0, 1, ""
+
+        def __init__(self, **settings):
+            given.append(settings)
+
+        def loglikelihood(self, requests):
+            return [(-float(i), False) for i in range(len(requests))]
+
+    module = types.ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = VLLM
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, find=importlib.util.find_spec: name == "vllm" or find(name)
+    )
+    done = scored(
+        runs, f"target={finished}", "evaluation.retention.backend=vllm", "evaluation.retention.benchmarks.ifeval=null",
+        "evaluation.style.prompts=null",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [Path(settings["pretrained"]).name for settings in given] == ["model", "model"]
+    assert [settings.get("lora_local_path") for settings in given] == [None, str(finished / "adapter")]
+    assert not any(settings["trust_remote_code"] for settings in given)
+
+
+def test_an_unfinished_run_is_refused(finished: Path, runs: Runs, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "adapter")
+    refused(scored(runs, f"target={copy}"), "without an adapter", "checkpoints")
+
+
+def test_the_module_runs(runs: Runs):
+    help_text = subprocess.run(
+        [sys.executable, "-m", "selfaug.evaluate", "--help"], capture_output=True, text=True, check=True,
+        cwd=runs.path, env=runs.environment(),
+    ).stdout  # fmt: skip
+    assert "target" in help_text
