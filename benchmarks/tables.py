@@ -1,4 +1,4 @@
-"""Put the tables of benchmarks/results into docs/speed.md; no figure there is typed by hand.
+"""Put the tables of benchmarks/results into the pages of docs/; no figure in them is typed by hand.
 
 Run as: python -m benchmarks.tables            between the markers <!-- table: NAME --> and <!-- end -->
         python -m benchmarks.tables --check    only say whether the page is up to date
@@ -13,16 +13,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import common, data, goals, linear_kl, long_context, step, sweep
+from benchmarks import common, data, evaluation, goals, linear_kl, long_context, step, sweep
 from benchmarks.common import Column, Row
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = (DOCS / "speed.md", DOCS / "evaluation.md")
 COLUMNS: dict[str, Sequence[Column]] = {
     "linear_kl": linear_kl.COLUMNS,
     "step": step.COLUMNS,
     "data": data.COLUMNS,
     "sweep": sweep.COLUMNS,
     "long_context": long_context.COLUMNS,
+    "evaluation": evaluation.COLUMNS,
 }
 _MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -75,15 +77,18 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     arguments = parser.parse_args(argv)
-    before = arguments.page.read_text(encoding="utf-8")
-    after = filled(before, read_results(arguments.results))
-    if arguments.check:
-        raise SystemExit(0 if after == before else f"{arguments.page} is out of date: run python -m benchmarks.tables")
-    arguments.page.write_text(after, encoding="utf-8")
-    print(f"Tables in {arguments.page}")
+    results = read_results(arguments.results)
+    for page in arguments.pages:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, results)
+        if arguments.check and after != before:
+            raise SystemExit(f"{page} is out of date: run python -m benchmarks.tables")
+        if not arguments.check:
+            page.write_text(after, encoding="utf-8")
+            print(f"Tables in {page}")
 
 
 if __name__ == "__main__":

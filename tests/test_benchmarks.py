@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import common, data, goals, linear_kl, long_context, official, peers, step, sweep, tables
+from benchmarks import common, data, evaluation, goals, linear_kl, long_context, official, peers, step, sweep, tables
 from selfaug.model.decoder import Head
 from selfaug.objective import LogitAlignment
+from tests.evaluation.retention.tiny_items import items  # noqa: F401
 from tests.run.conftest import Runs
+from tests.tiny import save_tiny
 
 QUICK = ("--quick", "--device", "cpu")
 TIMES = {"rounds", "seconds", "seconds_min", "seconds_quartiles", "ratio", "ratio_quartiles", "ratio_of_minima"}
@@ -117,6 +119,16 @@ def test_long_context(tmp_path):
 @pytest.fixture
 def workspace(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("benchmarked"))
+
+
+def test_evaluation(tmp_path, items, monkeypatch):  # noqa: F811
+    save_tiny(tmp_path / "model")
+    arguments = ("--model", str(tmp_path / "model"), "--only", "arc_easy,lambada,ifeval")
+    rows = run(evaluation.main, tmp_path / "evaluation.json", *arguments)
+    assert {row["benchmark"] for row in rows} == {"arc_easy", "lambada", "ifeval", "multiple choice", "all"}
+    assert {row["implementation"] for row in rows} == set(evaluation.BACKENDS)
+    assert all(row["same"] == 1 for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
 
 
 def test_sweep(workspace: Runs, tmp_path, monkeypatch):
@@ -283,10 +295,20 @@ def test_the_official_term_is_the_same_term():
 
 
 def test_the_page_is_what_the_results_say():
-    page = tables.PAGE.read_text()
-    assert tables.filled(page, tables.read_results()) == page, "run python -m benchmarks.tables"
+    pages = [page.read_text() for page in tables.PAGES]
+    for page in pages:
+        assert tables.filled(page, tables.read_results()) == page, "run python -m benchmarks.tables"
+    page = "\n".join(pages)
     marked = set(re.findall(r"<!-- table: ([\w.-]+) -->", page))
-    assert {"goals", "linear_kl-cpu", "step-cpu", "data-cpu", "sweep-cpu", "sweep-cpu.agreement"} <= marked
+    assert {
+        "goals",
+        "linear_kl-cpu",
+        "step-cpu",
+        "data-cpu",
+        "sweep-cpu",
+        "sweep-cpu.agreement",
+        "evaluation-cpu",
+    } <= marked
     written = {f"{name.partition(' ')[0]}" for name in tables.read_results()}
     assert written <= {name.partition(".")[0] for name in marked}, "a result that no table shows"
 
@@ -298,7 +320,7 @@ def test_every_planned_command_is_one_that_its_script_takes(capsys):
         assert printed.count("== ") == len(plan)
         outs = re.findall(r"--out (\S+)", printed)
         assert len(set(outs)) == len(plan)  # none overwrites another's
-        page = tables.PAGE.read_text()
+        page = "\n".join(page.read_text() for page in tables.PAGES)
         assert all(f"<!-- table: {out.rsplit('/', 1)[1].removesuffix('.json')} -->" in page for out in outs)
 
 
