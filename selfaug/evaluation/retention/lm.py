@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from selfaug.data.chat import ChatFormat
 from selfaug.errors import UserError
 from selfaug.evaluation.generation import evaluating, generate, settings_of
+from selfaug.evaluation.retention.benchmarks import GENERATION
 from selfaug.model.decoder import Decoder
 
 _ROWS_AT_ONCE = 256  # whose logits [rows, V] are held together
@@ -202,7 +203,8 @@ class RetentionLM(TemplateLM):
             room = max(self.max_length - limit, 1)
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
             texts = generate(
-                self.model, self.tokenizer, prompts, max_new_tokens=limit, tokens_per_batch=2 * self.tokens_per_batch,
+                self.model, self.tokenizer, prompts, max_new_tokens=limit,
+                tokens_per_batch=GENERATION * self.tokens_per_batch,
                 progress=self.progress, description=self.description, until=[end for end in until if end], strip=False,
                 also_stop=self.chat.end_ids[-1:] if self.chat else (),
             )  # fmt: skip

@@ -16,7 +16,7 @@ from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, drift_on_answers, instruction_answers
 from selfaug.evaluation.generation import generate
 from selfaug.evaluation.retention import style
-from selfaug.evaluation.retention.benchmarks import BENCHMARKS, RetentionConfig
+from selfaug.evaluation.retention.benchmarks import BENCHMARKS, GENERATION, RetentionConfig
 from selfaug.evaluation.retention.compare import averages, compare, mean_retention
 from selfaug.evaluation.retention.harness import Item, Scores, about, run_benchmark
 from selfaug.evaluation.retention.store import Store
@@ -134,8 +134,8 @@ class Suite:
         rendered = [self.chat.prompt(self.chat.defuse(prompt)) for prompt in prompts]
         answers = generate(
             model, self.tokenizer, self.chat.encode(rendered)["input_ids"], max_new_tokens=self.style.max_new_tokens,
-            tokens_per_batch=2 * self.config.tokens_per_batch, progress=self.progress, description=f"answers: {which}",
-            also_stop=self.chat.end_ids[-1:],
+            tokens_per_batch=GENERATION * self.config.tokens_per_batch, progress=self.progress,
+            description=f"answers: {which}", also_stop=self.chat.end_ids[-1:],
         )  # fmt: skip
         items = [
             Item(f"{STYLE}/{i}", prompt, answer, None, dict(style.style(answer)))
