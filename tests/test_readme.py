@@ -70,7 +70,8 @@ def test_transformers_trainer_accumulates_as_one_batch(tmp_path):
 
 def test_commands_name_what_exists():
     conf = ROOT / "selfaug" / "conf"
-    for group, choice in re.findall(r"\b(model|data|method|alignment|trainer|logger|debug|experiment|evaluation|callbacks)=(\w+)", README):
+    groups = "model|data|method|alignment|trainer|logger|debug|experiment|evaluation|callbacks"
+    for group, choice in re.findall(rf"\b({groups})=(\w+)", README):
         assert (conf / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
     for module in set(re.findall(r"python -m (selfaug[\w.]*)", README)):
         path = ROOT / module.replace(".", "/")
