@@ -125,7 +125,8 @@ def _hydra_sentence(error: BaseException) -> str:
         return f"{missing[1]} is not set and has no default: add {missing[1]}=... to the command."
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if missing := re.search(r"Could not override '([^']+)'", text):
-        full = re.search(r"full_key: ([\w.]+)", text)
+        # An override by a dictionary names the setting, and only its cause the key in it that is wrong.
+        full = re.search(r"full_key: ([\w.]+)", f"{text}\n{error.__cause__}")
         key = full[1] if full else missing[1]
         return f"There is no setting {key}{_nearest(key)}; to add it all the same write +{key}=..."
     if missing := re.search(r"In '[^']+': Could not find '([^']+)'|Could not find '([^']+)'", text):
