@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from selfaug.errors import UserError
 log = logging.getLogger(__name__)
 
 BASE = "base"
-_OF_THE_RUN = ("model", "data", "trainer", "adapter")  # settings that a run directory brings along
+_OF_THE_RUN = ("model", "data", "trainer", "adapter", "method", "seed")  # what a run directory brings along
+# Settings of `data` that only feed others.
+_SHORTHAND = {
+    "path": "data.source.path",
+    "context_tokens": "data.source.context_tokens",
+    "answer_tokens": "evaluation.rag.max_new_tokens",
+    "name": "data.source",
+}
 
 
 def evaluate(config: DictConfig, directory: str) -> Any:
@@ -33,7 +41,7 @@ def evaluate(config: DictConfig, directory: str) -> Any:
     # Here and not above, so that --help and --cfg answer at once.
     from selfaug.reporting.results import write_results
     from selfaug.run import build
-    from selfaug.run.identity import RunDirectory
+    from selfaug.run.identity import RunDirectory, config_hash
     from selfaug.run.score import as_results, asks, check, measure
     from selfaug.run.targets import load_models
 
@@ -41,7 +49,10 @@ def evaluate(config: DictConfig, directory: str) -> Any:
     if OmegaConf.is_missing(config, "target"):
         raise UserError("target is not set: set it to a run directory, an adapter folder or a model, or to base.")
     run = RunDirectory(directory)
-    config = with_settings_of_run(config)
+    name, identity = config.run_name, config_hash(config)
+    said = HydraConfig.get()
+    chosen = [one.partition("=")[0] for one in said.overrides.task if re.fullmatch(r"(model|data|trainer)=\w+", one)]
+    config = with_settings_of_run(config, chosen, said.overrides.task)
     check(config)
     if not asks(config):
         raise UserError("evaluation=none measures nothing: set evaluation to quick, standard or full.")
@@ -50,14 +61,19 @@ def evaluate(config: DictConfig, directory: str) -> Any:
     data = build.data(config) if config.evaluation.get("rag") else None
     results = as_results(config, measure(config, models, data, run.evaluation), data)
     results.time["evaluate_s"] = results.time["total_s"] = time.perf_counter() - started
+    results.name, results.config_hash = name, identity  # the directory's, not those of the settings taken over
     write_results(run.results, results)
     return results
 
 
-def with_settings_of_run(config: DictConfig) -> DictConfig:
-    """Where the target is a run directory, or a checkpoint in one: its model, data, precision and adapter settings.
+def with_settings_of_run(config: DictConfig, choices: Sequence[str], overrides: Sequence[str]) -> DictConfig:
+    """Where the target is a run directory, or a checkpoint in one: its model, data, precision, seed and method.
 
-    What the command line says wins.
+    choices: the groups that the command line chose (data=crag), which win. overrides: its settings (model.dtype=...),
+    which win too; but a setting that others have been worked out from in the run cannot be changed any more.
+
+    Raises:
+        UserError: such a setting.
     """
     path = Path(str(config.target)).expanduser()
     folder = path.parent.parent if path.suffix == ".ckpt" else path
@@ -67,15 +83,21 @@ def with_settings_of_run(config: DictConfig) -> DictConfig:
     theirs = OmegaConf.load(saved)
     assert isinstance(theirs, DictConfig)
     merged = config.copy()
-    said = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     with open_dict(merged):
         for key in _OF_THE_RUN:
-            if key in theirs:
+            if key in theirs and key not in choices:
                 merged[key] = theirs[key]
-        for override in said:
+        for override in overrides:
             name = override.lstrip("+").partition("=")[0]
-            if name.split(".")[0] in _OF_THE_RUN and "." in name:
-                OmegaConf.update(merged, name, OmegaConf.select(config, name))
+            group = name.split(".")[0]
+            if "." not in name or group not in _OF_THE_RUN or group in choices:
+                continue
+            if group == "data" and name.count(".") == 1 and name.split(".")[1] in _SHORTHAND:
+                raise UserError(
+                    f"{name} was worked into other settings of the run {folder.name}: set {_SHORTHAND[name[5:]]} "
+                    "instead, or choose the data anew with data=..."
+                )
+            OmegaConf.update(merged, name, OmegaConf.select(config, name))
     return merged
 
 

@@ -69,7 +69,9 @@ class Advice(L.Callback):
                 f"alignment.alpha={alpha:g} may be too low, or alignment.position miss what drifts."
             )
         usual = statistics.median(kl)
-        if usual > 0 and max(kl) > SPIKE * usual and alpha * max(kl) > SMALL_PART * late:
+        # A rise that stays, as at the start of every run, is no jump.
+        falls_back = kl.index(max(kl)) < WINDOW - 1 and kl[-1] < max(kl) / 2
+        if usual > 0 and max(kl) > SPIKE * usual and falls_back and alpha * max(kl) > SMALL_PART * late:
             found["unstable"] = (
                 f"the KL jumps (largest of {WINDOW} steps {max(kl):.2g}, median {usual:.2g} nats); lower optimizer.lr "
                 "or raise optimizer.warmup_ratio to steady it."

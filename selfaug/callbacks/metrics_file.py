@@ -28,7 +28,7 @@ class MetricsFile(CSVLogger):
             return
         with self._aside.open(newline="") as file:
             for row in csv.DictReader(file):
-                if int(row["step"]) <= step:
+                if 0 < step >= int(row["step"]):  # one that starts at 0 writes its first row itself
                     values = {name: _number(value) for name, value in row.items() if value and name != "step"}
                     self.experiment.log_metrics(values, int(row["step"]))
         self.save()

@@ -7,7 +7,7 @@ from states of its own: a run with the probe trains the same weights, bit for bi
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, measure_drift
 from selfaug.evaluation.retention import style
-from selfaug.evaluation.retention.benchmarks import RetentionConfig
+from selfaug.evaluation.retention.benchmarks import RetentionConfig, whole_number
 from selfaug.evaluation.retention.harness import Item
 from selfaug.evaluation.retention.suite import StyleConfig, Suite
 
@@ -38,19 +38,24 @@ class ProbeConfig:
     tokens_per_batch: int = 4096
 
     def __post_init__(self) -> None:
-        for name, least in (("every_n_steps", 1), ("ifeval_items", 0), ("max_new_tokens", 1), ("documents", 1)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"callbacks.retention_probe.{name}={getattr(self, name)} is not allowed: set it to {least} or more."
-                )
+        for name, least in (("every_n_steps", 1), ("ifeval_items", 0), ("max_new_tokens", 1), ("documents", 1),
+                            ("tokens_per_batch", 1)):  # fmt: skip
+            whole_number(f"callbacks.retention_probe.{name}", getattr(self, name), least)
 
 
 class RetentionProbe(L.Callback):
     """Writes probe/drift_CORPUS (KL(base||tuned), nats per token), probe/ifeval_prompt_strict, probe/words and
     probe/one_line to the loggers."""
 
-    def __init__(self, config: ProbeConfig, drift: DriftConfig, tokenizer: Any, words: dict[str, Any]):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self,
+        config: ProbeConfig,
+        drift: DriftConfig,
+        tokenizer: Any,
+        words: dict[str, Any],
+        stopping: Callable[[], bool] = lambda: False,
+    ):
+        self.config, self.tokenizer, self.stopping = config, tokenizer, stopping
         small = {
             name: {**vars(corpus), "limit": min(config.documents, corpus.limit or config.documents)}
             for name, corpus in drift.corpora.items()
@@ -65,6 +70,11 @@ class RetentionProbe(L.Callback):
                 {"ifeval": settings}, tokens_per_batch=config.tokens_per_batch, seed=drift.seed, **words
             )
             self.suite = Suite(retention, StyleConfig(), tokenizer, progress=False)
+            if self.suite.chat is None:
+                raise UserError(
+                    "callbacks.retention_probe asks IFEval through a chat template, which the model has not: set "
+                    "callbacks.retention_probe.ifeval_items=0, or data.prompt.chat_template."
+                )
         self.latest: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -73,7 +83,9 @@ class RetentionProbe(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Not on_train_epoch_end, which comes after the checkpoint of the epoch's last step.
-        last = bool(trainer.is_last_batch)
+        last = bool(trainer.is_last_batch) or trainer.global_step == trainer.max_steps
+        if self.stopping():  # a signal to stop waits for no answers
+            return
         if last or trainer.global_step % self.config.every_n_steps == 0:
             self._probe(trainer, pl_module, answers=last)
 

@@ -125,13 +125,13 @@ def drift_on_answers(
     progress: bool = True,
 ) -> dict[str, Metric]:
     """As measure_drift, on (prompt, answer) turns that somebody has just written: the tuned model's own answers, where
-    KL(tuned||base) is an estimate over what it says itself (Shenfeld et al., RL's Razor). Turns without an answer are
-    left out; of each the first max_tokens tokens count. Empty where no turn has a token left."""
+    KL(tuned||base) is an estimate over what it says itself (Shenfeld et al., RL's Razor). The token that ends an
+    answer counts too, so an empty one has a row. Of each turn the first max_tokens tokens count; those whose prompt
+    alone is longer are left out. Nothing is returned where none is left."""
     check_reference(model)
-    spoken = [turn for turn in turns if turn[1].strip()]
     documents = [
         _Document(ids[:max_tokens], roles[:max_tokens])
-        for ids, roles in (_dialogues(tokenizer, config, spoken) if spoken else [])
+        for ids, roles in _dialogues(tokenizer, config, turns)
         if int(Role.RESPONSE) in roles[1:max_tokens]
     ]
     if not documents:

@@ -120,7 +120,12 @@ def _grow(
         mask = torch.nn.functional.pad(mask, (0, out.shape[1] - mask.shape[1]), value=1)[kept]
         ids = out[kept]
         if rows and len(kept) < len(done):
-            cache.batch_select_indices(torch.as_tensor(kept, device=out.device))
+            keep_rows(cache, torch.as_tensor(kept, device=out.device))
+
+
+def keep_rows(cache: Any, rows: torch.Tensor) -> None:
+    """In place: the sequences `rows` [R] of a cache, in this order; one may be there several times."""
+    cache.reorder_cache(rows)  # of all kinds of layers, unlike batch_select_indices
 
 
 def settings_of(model: nn.Module) -> Any:

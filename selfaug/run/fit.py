@@ -46,7 +46,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
     plan = MemoryPlan(data)
     # What writes metrics of a step comes before what saves its checkpoint.
-    callbacks: list[Callback] = [plan, throughput, *watching(config, data), saving]
+    callbacks: list[Callback] = [plan, throughput, *watching(config, data, saving), saving]
     if build.needs_accelerator(module.model):
         callbacks.insert(0, VerifyModel(partial(build.verify, packing=config.data.packing)))
     fill = None
@@ -93,15 +93,16 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
         sys.exit(SIGTERM_EXIT)
 
 
-def watching(config: DictConfig, data: RagDataModule) -> list[Callback]:
+def watching(config: DictConfig, data: RagDataModule, saving: SaveCheckpoints) -> list[Callback]:
     """The callbacks that measure forgetting meanwhile, and what they advise."""
     wanted = config.callbacks.get("retention_probe")
     if not wanted:
         return [Advice(lambda: None)]
     drift, words = drift_settings(config), chat_settings(config)
     probe = RetentionProbe(
-        build.call(ProbeConfig, "callbacks/retention_probe", **build.plain(wanted)), drift, data.tokenizer, words
-    )
+        build.call(ProbeConfig, "callbacks/retention_probe", **build.plain(wanted)), drift, data.tokenizer, words,
+        stopping=lambda: saving.stop_requested,
+    )  # fmt: skip
     return [probe, Advice(lambda: max((v for k, v in probe.latest.items() if "drift" in k), default=None))]
 
 

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from peft import PeftConfig
 from torch import nn
 
 from selfaug.data.datamodule import RagDataModule
 from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, measure_drift
 from selfaug.evaluation.rag import answer_questions, samples, score_answers
-from selfaug.evaluation.retention.benchmarks import RetentionConfig
+from selfaug.evaluation.retention.benchmarks import BENCHMARKS, RetentionConfig
 from selfaug.evaluation.retention.suite import Retention, StyleConfig, Suite, base_store, keep_copy, tuned_store
+from selfaug.evaluation.sandbox import check_sandbox
 from selfaug.model.load import load_adapter, load_tokenizer, locate
 from selfaug.model.reference import adapters_off
 from selfaug.reporting.results import Metric, Results, code_version, environment
@@ -85,8 +87,14 @@ def device(config: DictConfig) -> torch.device:
 
 
 def check(config: DictConfig) -> None:
-    """Refuse wrong settings of the evaluation before an hour of training."""
-    _parts(config)
+    """Refuse wrong settings of the evaluation, and what this machine cannot do, before an hour of training."""
+    _, retention, _ = _parts(config)
+    if retention.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "evaluation.retention.backend=vllm needs vLLM, which is not installed: pip install vllm, or set it to hf."
+        )
+    if any(BENCHMARKS[name].runs_code for name in retention.benchmarks):
+        check_sandbox()
 
 
 def measure(config: DictConfig, models: Models, data: RagDataModule | None, folder: Path) -> Measured:
@@ -197,17 +205,22 @@ def _parts(config: DictConfig) -> tuple[DriftConfig | None, RetentionConfig, Sty
 
 def _vllm(config: DictConfig, models: Models) -> Callable[[str], Any]:
     """lm-eval's own vLLM backend; adapters are given to it as the folder that they were loaded from."""
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "evaluation.retention.backend=vllm needs vLLM, which is not installed: pip install vllm, or set it to hf."
-        )
     if models.tuned is not None and models.adapter is None:
         raise UserError("evaluation.retention.backend=vllm takes an adapter folder as the tuned model: set it to hf.")
+
+    if chat_settings(config).get("chat_template") or chat_settings(config).get("template_arguments"):
+        raise UserError(
+            "evaluation.retention.backend=vllm uses the model's own chat template: set data.prompt.chat_template=null "
+            "and data.prompt.template_arguments={}, or the backend to hf."
+        )
 
     def make(which: str) -> Any:
         from lm_eval.models.vllm_causallms import VLLM
 
-        adapter = {"lora_local_path": str(models.adapter)} if which == "tuned" else {}
+        adapter: dict[str, Any] = {}
+        if which == "tuned":
+            rank = PeftConfig.from_pretrained(str(models.adapter)).r
+            adapter = {"lora_local_path": str(models.adapter), "max_lora_rank": rank}
         return VLLM(
             pretrained=locate(config.model.name), revision=config.model.revision, dtype="auto", trust_remote_code=False,
             gpu_memory_utilization=0.5, **adapter,

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from selfaug.errors import UserError
 from selfaug.evaluate import BASE
 from selfaug.model.load import add_adapter, load_adapter, load_base
+from selfaug.model.reference import check_adapters
 from selfaug.run import build
 from selfaug.run.score import Models, device
 
@@ -26,13 +27,19 @@ def load_models(config: DictConfig) -> Models:
     if target == BASE:
         return Models(base.to(where), None)
     path = Path(target).expanduser()
-    if path.suffix == ".ckpt":
-        model = _from_checkpoint(config, base, path).to(where)
-        return Models(model, model, shared=True)
     folder = path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
-    if (folder / "adapter_config.json").is_file():
-        model = load_adapter(base, folder).to(where)
-        return Models(model, model, shared=True, adapter=folder)
+    checkpoint, adapter = path.suffix == ".ckpt", (folder / "adapter_config.json").is_file()
+    if checkpoint or adapter:
+        try:
+            model = _from_checkpoint(config, base, path) if checkpoint else load_adapter(base, folder)
+        except (RuntimeError, ValueError) as error:  # peft's and torch's ways of saying that shapes or names differ
+            raise UserError(
+                f"target={target} is no adapter of model.name={config.model.name} "
+                f"({str(error).strip().splitlines()[0]}): set model to the one that it was trained on."
+            ) from error
+        check_adapters(model)  # with them off it must be the base
+        model = model.to(where)
+        return Models(model, model, shared=True, adapter=folder if adapter else None)
     if (path / "run.json").is_file():
         raise UserError(
             f"target={target} is a run without an adapter yet: finish it, or set target to one of its checkpoints."
@@ -43,6 +50,12 @@ def load_models(config: DictConfig) -> Models:
         target, dtype="bfloat16" if settings.name == "bf16-true" else config.model.dtype, mixed=settings.mixed,
         attn_implementation=config.model.attn_implementation, setting="target",
     )  # fmt: skip
+    sizes = [one.get_output_embeddings().weight.shape[0] for one in (base, tuned)]  # type: ignore[operator]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"target={target} has a vocabulary of {sizes[1]} tokens and model.name={config.model.name} one of "
+            f"{sizes[0]}: set model to the one that it was made from."
+        )
     return Models(base.to(where), tuned.to(where))
 
 

@@ -11,13 +11,18 @@ from unittest import mock
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from selfaug import evaluate, train
+from selfaug.errors import UserError
+from selfaug.run.identity import register_resolvers
 from tests.evaluation.retention.tiny_items import items  # noqa: F401
 from tests.run.conftest import Runs
 from tests.run.test_errors import refused
+from tests.tiny import save_tiny
 
 SMALL = ("evaluation=quick", "evaluation.retention.benchmarks={ifeval: {items: 3, max_new_tokens: 4}, arc_easy: "
          "{items: 4}, hellaswag: null, piqa: null, lambada: null}", "evaluation.style.prompts=2",
@@ -151,7 +156,53 @@ def test_vllm_gets_the_model_and_the_adapter(finished: Path, runs: Runs, items, 
     assert done.returncode == 0, done.stderr
     assert [Path(settings["pretrained"]).name for settings in given] == ["model", "model"]
     assert [settings.get("lora_local_path") for settings in given] == [None, str(finished / "adapter")]
+    assert [settings.get("max_lora_rank") for settings in given] == [None, 4]
     assert not any(settings["trust_remote_code"] for settings in given)
+
+
+def test_an_adapter_of_another_model_is_refused(finished: Path, runs: Runs, items, tmp_path: Path):  # noqa: F811
+    other = save_tiny(tmp_path / "other", layers=3, hidden_size=64)
+    refused(scored(runs, f"target={finished / 'adapter'}", f"model.name={other}"), "is no adapter of", "set model")
+
+
+def test_a_model_of_another_vocabulary_is_refused(runs: Runs, items, tmp_path: Path):  # noqa: F811
+    other = save_tiny(tmp_path / "other", vocab_size=400)
+    refused(scored(runs, f"target={other}"), "vocabulary of 400", "set model")
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("selfaug.conf", version_base="1.3"):
+        return compose("evaluate", overrides=list(overrides))
+
+
+@pytest.fixture
+def saved_run(tmp_path: Path) -> Path:
+    register_resolvers()
+    OmegaConf.save(
+        OmegaConf.create(
+            {"model": {"name": "mine", "dtype": "auto"}, "data": {"path": "old", "source": {"path": "old"}},
+             "trainer": {"precision": "32-true"}, "seed": 7, "method": {"name": "lora"}}
+        ),
+        tmp_path / "config.yaml",
+    )  # fmt: skip
+    (tmp_path / "run.json").write_text("{}")
+    return tmp_path
+
+
+def test_the_run_s_settings_are_taken_over_and_the_command_line_wins(saved_run: Path):
+    override = "model.dtype=float32"
+    merged = evaluate.with_settings_of_run(composed(f"target={saved_run}", override), [], [override])
+    assert (merged.model.name, merged.model.dtype, merged.seed, merged.method.name) == ("mine", "float32", 7, "lora")
+    assert merged.data.source.path == "old"
+    chosen = evaluate.with_settings_of_run(composed(f"target={saved_run}", "data=jsonl"), ["data"], ["data=jsonl"])
+    assert chosen.data.name == "jsonl"
+    assert chosen.model.name == "mine"
+
+
+def test_a_setting_that_no_longer_counts_is_refused(saved_run: Path):
+    config = composed(f"target={saved_run}", "data=jsonl", "data.path=new")
+    with pytest.raises(UserError, match=r"data\.source\.path"):
+        evaluate.with_settings_of_run(config, [], ["data.path=new"])
 
 
 def test_an_unfinished_run_is_refused(finished: Path, runs: Runs, tmp_path: Path):

@@ -36,6 +36,11 @@ def test_curves(runs: Runs, items):  # noqa: F811
     assert float(found[8]["probe/drift_wikipedia"]) > 0
 
 
+def test_a_run_that_ends_within_an_epoch_has_a_last_point(runs: Runs, items):  # noqa: F811
+    found = rows(runs.done(*LENGTH, *PROBE, "trainer.max_steps=2"))
+    assert [step for step, row in found.items() if "probe/ifeval_prompt_strict" in row] == [0, 2]
+
+
 def test_the_weights_are_those_of_a_run_without(runs: Runs, items):  # noqa: F811
     plain = runs.into(runs.runs / "plain").done(*LENGTH)
     watched = runs.into(runs.runs / "watched").done(*LENGTH, *PROBE)
@@ -93,7 +98,8 @@ FALLING = [(4.0 - 0.1 * i, 0.2) for i in range(advice.WINDOW)]
         (STEADY, 2.0, None, None),
         ([(2.0, 0.01)] * advice.WINDOW, 0.5, 0.8, "too low"),
         (STEADY, 2.0, 0.8, None),
-        ([*FALLING[:-1], (2.0, 5.0)], 0.5, None, "jumps"),
+        ([*FALLING[:-2], (2.0, 5.0), (2.0, 0.2)], 0.5, None, "jumps"),
+        ([(4.0, 0.5 * (i / 20) ** 4) for i in range(advice.WINDOW)], 5.0, None, None),  # the start of a run
         (FALLING[:-2], 0.5, 9.0, None),  # too few steps to say anything
     ],
 )

@@ -23,8 +23,9 @@ class Benchmark:
 
     folder: of lm-eval's task files, under lm_eval/tasks. tasks: lm-eval's names, several where it has one for each
     subject. asset, files: the packaged items, by the name of their split. metrics: lm-eval's name (with its filter) ->
-    ours; the first is the one that counts for the mean. chance: what guessing scores on it.
-    chat: whether instruct models are asked through their chat template unless the configuration says otherwise.
+    ours; the first is the one that counts for the mean. chance: what guessing scores on it, or on IFEval about what
+    one fixed reply does (56 of 541 prompts). chat: whether instruct models are asked through their chat template unless
+    the configuration says otherwise. max_new_tokens: of an answer, as lm-eval has it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Benchmark:
     chat: bool = False
     generates: bool = False
     runs_code: bool = False
+    max_new_tokens: int = 1280
 
     @property
     def main(self) -> str:
@@ -71,7 +73,8 @@ MMLU_SUBJECTS = (
 )
 
 _ALL = (
-    Benchmark("ifeval", "ifeval", ("ifeval",), "ifeval", {"train": "test.jsonl"}, _IFEVAL, chat=True, generates=True),
+    Benchmark("ifeval", "ifeval", ("ifeval",), "ifeval", {"train": "test.jsonl"}, _IFEVAL, 0.1, chat=True,
+              generates=True),
     Benchmark("arc_easy", "arc", ("arc_easy",), "arc-easy", _TEST, _ACC_NORM, 0.25),
     Benchmark("arc_challenge", "arc", ("arc_challenge",), "arc-challenge", _TEST, _ACC_NORM, 0.25),
     Benchmark("hellaswag", "hellaswag", ("hellaswag",), "hellaswag", _VALIDATION, _ACC_NORM, 0.25),
@@ -80,9 +83,9 @@ _ALL = (
     Benchmark("lambada", "lambada", ("lambada_openai",), "lambada", _TEST, _ACC),
     Benchmark("mmlu", "mmlu/default", tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS), "mmlu",
               {"test": "test.jsonl", "dev": "dev.jsonl"}, _ACC, 0.25),
-    Benchmark("gsm8k", "gsm8k", ("gsm8k_cot",), "gsm8k", _TEST, _GSM8K, generates=True),
+    Benchmark("gsm8k", "gsm8k", ("gsm8k_cot",), "gsm8k", _TEST, _GSM8K, generates=True, max_new_tokens=256),
     Benchmark("humaneval", "", ("humaneval",), "humaneval", _TEST, {"pass_at_1": "pass_at_1"}, generates=True,
-              runs_code=True),
+              runs_code=True, max_new_tokens=1024),
 )
 # fmt: on
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
@@ -144,6 +147,8 @@ class RetentionConfig:
                     f"{where}.benchmarks.{name}.shots={checked[name].shots}: no solved examples are "
                     f"packaged for it, so set it to null, or {where}.data=hub."
                 )
+        for name, least in (("max_new_tokens", 1), ("tokens_per_batch", 1), ("seed", 0)):
+            whole_number(f"{where}.{name}", getattr(self, name), least)
         object.__setattr__(self, "benchmarks", checked)
 
 
@@ -156,12 +161,17 @@ def _checked(setting: str, name: str, settings: Any) -> BenchmarkConfig:
             raise UserError(f"{setting}.{min(unknown)} is unknown: a benchmark has {', '.join(known)}.")
         settings = BenchmarkConfig(**settings)
     for key, least in (("items", 1), ("shots", 0), ("max_new_tokens", 1)):
-        value = getattr(settings, key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise UserError(
-                f"{setting}.{key}={value} is not allowed: set it to a whole number, at least {least}, or null."
-            )
+        if getattr(settings, key) is not None:
+            whole_number(f"{setting}.{key}", getattr(settings, key), least)
+    if settings.chat not in (None, True, False):
+        raise UserError(f"{setting}.chat={settings.chat} is not allowed: set it to true, false or null.")
     return settings
+
+
+def whole_number(setting: str, value: Any, least: int) -> None:
+    """Raise UserError unless it is one, and not less."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{setting}={value} is not allowed: set it to a whole number, at least {least}.")
 
 
 # ---- items -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ at_floor and left out of the mean. An instruction-level metric weighs every inst
 prompt, whose instructions are answered together.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,13 +32,16 @@ from selfaug.reporting.results import Metric
 
 # Scores of free answers have no chance level; below one in a hundred there is nothing that could be forgotten.
 _NOTHING = 0.01
+# With fewer right answers of the base model the bootstrap of a ratio says nothing.
+_FEW = 5
 
 
 def compare(before: Scores, after: Scores | None, seed: int = 0) -> dict[str, Metric]:
     """metric -> {base, tuned, difference, retention: Interval, mcnemar_p, at_floor, main}; of the base alone where
     there is no tuned model."""
     benchmark = BENCHMARKS[before.benchmark]
-    if after is not None and [item.id for item in before.items] != [item.id for item in after.items]:
+    asked = [[(item.id, item.prompt, item.target) for item in side.items] for side in (before, after) if side]
+    if asked[0] != asked[-1]:
         raise UserError(
             f"{before.benchmark}: base and tuned model were asked different items, so delete the run's evaluation "
             "folder and run it again."
@@ -55,8 +59,10 @@ def compare(before: Scores, after: Scores | None, seed: int = 0) -> dict[str, Me
 def at_floor(scores: Scores, metric: str) -> bool:
     """Whether the 95% interval of the score reaches down to chance, or to (almost) nothing."""
     chance = max(BENCHMARKS[scores.benchmark].chance, _NOTHING)
-    sums, _ = _by_item(scores.values(metric))
-    return wilson_low(np.minimum(sums, 1.0)) <= chance
+    sums, weights = _by_item(scores.values(metric))
+    # Of an instruction-level metric the same share of as many prompts: a prompt's instructions are no separate items.
+    hits = round(len(sums) * sums.sum() / weights.sum())
+    return wilson_low([1.0] * hits + [0.0] * (len(sums) - hits)) <= chance
 
 
 def mean_retention(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> Interval | None:
@@ -86,6 +92,8 @@ def _metric(before: Sequence[float | list[float]], after: Sequence[float | list[
         return {"base": bootstrap(first, seed=seed) if single else weighted_bootstrap(first, weights, seed=seed)}
     second, _ = _by_item(after)
     ratio = paired_ratio(first, second, seed=seed)
+    if first.sum() < _FEW:
+        ratio = Interval(ratio.mean, math.nan, math.nan, ratio.n)
     if not single:
         return {
             "base": weighted_bootstrap(first, weights, seed=seed),

@@ -1,6 +1,6 @@
 """One benchmark through lm-eval's task code: prompts, answers, and the value of every metric for every item."""
 
-import dataclasses
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -27,15 +27,19 @@ from selfaug.evaluation.retention.benchmarks import (
 
 log = logging.getLogger(__name__)
 
+SCORING = 1  # raise it whenever the same model and settings would get other scores
 _SHOWN = 20_000  # characters of a prompt or an answer that are kept
+_PACKAGES = ("lm_eval", "transformers", "tokenizers", "torch", "peft", "nltk", "langdetect", "vllm")
 
 
 @dataclass
 class Item:
     """What was asked and answered, for the audit of a score.
 
-    id: task and number of the document there. output: the answer as text, or the log-likelihoods of the choices in
-    nats. values: metric -> its value; of an instruction-level metric one for each instruction.
+    id: task and number of the document there. prompt: of multiple choice with contexts of their own, the first's.
+    output: the answer as text, or the log-likelihoods of the choices in nats. choices: what was scored after which
+    context, where that is not the prompt. values: metric -> its value, of an instruction-level metric one for each
+    instruction.
     """
 
     id: str
@@ -43,6 +47,7 @@ class Item:
     output: Any
     target: Any
     values: dict[str, float | list[float]]
+    choices: list[str] | None = None
 
 
 @dataclass
@@ -58,32 +63,58 @@ class Scores:
         return [item.values[metric] for item in self.items]
 
 
-def about(name: str, config: RetentionConfig, template_digest: str | None) -> dict[str, Any]:
-    """All that a score depends on beside the model: what the JSON of a result says, and what it is found again by."""
+def about(name: str, config: RetentionConfig, template: str | None, tokenizer: Any) -> dict[str, Any]:
+    """All that a score depends on beside the model: what the JSON of a result says, and what it is found again by.
+
+    template: a digest of the chat format.
+    """
     benchmark, settings = BENCHMARKS[name], config.benchmarks[name]
     chat = uses_chat(benchmark, settings)
     return {
         "benchmark": name,
-        **dataclasses.asdict(settings),
-        "shots": settings.shots or 0,
+        "items": settings.items,
+        "shots": settings.shots,  # None: the task's own
         "chat": chat,
-        "chat_template": template_digest if chat else None,
-        "max_new_tokens": limit(settings, config) if benchmark.generates else None,
+        "chat_template": template if chat else None,
+        "max_new_tokens": limit(benchmark, settings, config) if benchmark.generates else None,
         "decoding": "greedy" if benchmark.generates else "log-likelihood",
         "data": config.data,
+        "content": content_digest(benchmark) if config.data == "packaged" else None,
         "backend": config.backend,
-        "sample_seed": config.seed if settings.items else None,
-        "versions": {package: _version(package) for package in ("lm_eval", "transformers", "torch")},
+        **conditions(config, tokenizer),
     }
+
+
+def conditions(config: RetentionConfig, tokenizer: Any) -> dict[str, Any]:
+    """What every benchmark depends on alike."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(tokenizer)
+    return {
+        "scoring": SCORING,
+        "seed": config.seed,
+        # Of bfloat16 the batch decides close calls.
+        "tokens_per_batch": config.tokens_per_batch,
+        "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "versions": {package: _version(package) for package in _PACKAGES},
+    }
+
+
+def content_digest(benchmark: Benchmark) -> str:
+    """Of the packaged items."""
+    digest = hashlib.sha256()
+    for name in benchmark.files.values():
+        digest.update((asset_path(benchmark.asset) / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def uses_chat(benchmark: Benchmark, settings: BenchmarkConfig) -> bool:
     return benchmark.chat if settings.chat is None else settings.chat
 
 
-def limit(settings: BenchmarkConfig, config: RetentionConfig) -> int:
-    """The most new tokens of an answer."""
-    return settings.max_new_tokens or config.max_new_tokens
+def limit(benchmark: Benchmark, settings: BenchmarkConfig, config: RetentionConfig) -> int:
+    """The most new tokens of an answer: what is said of this benchmark, or the least of its own limit and the limit of
+    all."""
+    return settings.max_new_tokens or min(benchmark.max_new_tokens, config.max_new_tokens)
 
 
 def run_benchmark(lm: Any, name: str, config: RetentionConfig, described: dict[str, Any]) -> Scores:
@@ -118,9 +149,8 @@ def run_benchmark(lm: Any, name: str, config: RetentionConfig, described: dict[s
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(config.seed)
         if benchmark.generates:
-            own = (task.get_config("generation_kwargs") or {}).get("max_gen_toks")
-            most = limit(settings, config)
-            task.set_config("generation_kwargs", {"max_gen_toks": min(own or most, most)}, update=True)
+            most = limit(benchmark, settings, config)
+            task.set_config("generation_kwargs", {"max_gen_toks": most}, update=True)
     tasks = loaded["tasks"]
     if chosen is None:
         chosen = sample({task: len(each.eval_docs) for task, each in tasks.items()}, settings.items, config.seed)
@@ -172,6 +202,7 @@ def _items(benchmark: Benchmark, task: str, samples: Sequence[Mapping[str, Any]]
                 output=_output(benchmark, one),
                 target=one["target"] if isinstance(one["target"], (int, float)) else str(one["target"])[:_SHOWN],
                 values={},
+                choices=None if benchmark.generates else _choices(one["arguments"]),
             ),
         )
         for theirs, ours in benchmark.metrics.items():
@@ -180,6 +211,11 @@ def _items(benchmark: Benchmark, task: str, samples: Sequence[Mapping[str, Any]]
                 value = one[metric]
                 item.values[ours] = [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
     return list(by_document.values())
+
+
+def _choices(arguments: Sequence[Sequence[str]]) -> list[str]:
+    alone = all(context == arguments[0][0] for context, *_ in arguments)
+    return [str(choice if alone else f"{context}{choice}")[:_SHOWN] for context, choice in arguments]
 
 
 def _output(benchmark: Benchmark, one: Mapping[str, Any]) -> Any:

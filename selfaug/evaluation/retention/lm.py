@@ -2,7 +2,7 @@
 
 Of a multiple-choice question lm-eval asks for the log-likelihood of every choice after the same context. Here the
 context runs through the model once, its keys and values are shared by the choices, and logits are taken of the rows
-that predict a choice's tokens and of no others, in float32 at least.
+that predict a choice's tokens and of no others, without autocast and summed in float32 at least.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from selfaug.data.chat import ChatFormat
 from selfaug.errors import UserError
-from selfaug.evaluation.generation import evaluating, generate, settings_of
+from selfaug.evaluation.generation import evaluating, generate, keep_rows, settings_of
 from selfaug.evaluation.retention.benchmarks import GENERATION
 from selfaug.model.decoder import Decoder
 
@@ -114,6 +114,11 @@ class RetentionLM(TemplateLM):
         """requests: (texts, context tokens, continuation tokens) each."""
         shared: dict[tuple[int, ...], _Context] = {}
         for number, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise UserError(
+                    f"A choice of {len(continuation)} tokens does not fit a model of {self.max_length}: leave its "
+                    "benchmark out of evaluation.retention.benchmarks."
+                )
             # What is too long loses its beginning, as in lm-eval's own backend.
             context = context[max(len(context) + len(continuation) - self.max_length - 1, 0) :]
             entry = shared.setdefault(tuple(context), _Context(list(context), []))
@@ -147,7 +152,7 @@ class RetentionLM(TemplateLM):
         states = self._body(ids, mask, cache)  # [B, T, d]
         after = None
         if cache is not None:
-            cache.batch_select_indices(owner.to(self._device))
+            keep_rows(cache, owner.to(self._device))
             more, more_mask = _padded(tails, self._device, left=False)  # [R, C]
             after = self._body(more, torch.cat([mask[owner.to(self._device)], more_mask], 1), cache)  # [R, C, d]
         rows, targets, lengths = [], [], []

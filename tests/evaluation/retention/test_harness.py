@@ -24,7 +24,7 @@ def lm():
 def run(lm, name, **settings):
     own = {key: settings.pop(key) for key in ("items", "shots", "chat", "max_new_tokens") if key in settings}
     config = RetentionConfig({name: own}, **settings)
-    return run_benchmark(lm, name, config, about(name, config, "template"))
+    return run_benchmark(lm, name, config, about(name, config, "template", tiny_tokenizer()))
 
 
 def test_multiple_choice(lm, items):  # noqa: F811
@@ -34,6 +34,7 @@ def test_multiple_choice(lm, items):  # noqa: F811
     assert first.prompt == "Question: What is cat?\nAnswer:"
     assert len(first.output) == 3
     assert first.target == 0
+    assert first.choices == [" cat", " dog", " hen"]
     for item in scores.items:
         assert item.values["acc"] == float(item.output.index(max(item.output)) == item.target)
         assert set(item.values) == {"acc", "acc_norm"}
@@ -90,6 +91,9 @@ def test_programs_run_only_where_they_may(lm, items, monkeypatch):  # noqa: F811
         ({"benchmarks": {"arc_easy": {"shots": 5}}}, "data=hub"),
         ({"data": "web"}, "packaged or hub"),
         ({"backend": "gguf"}, "hf or vllm"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch=0"),
+        ({"benchmarks": {"ifeval": {"chat": "no"}}}, "chat=no"),
     ],
 )
 def test_wrong_settings(settings, parts):

@@ -19,6 +19,12 @@ from selfaug.evaluation.retention.style import METRICS, style
         ("I’m sorry, no.", {"refusal": 1}),
         ("As an AI language model, I ...", {"refusal": 1}),
         ("I can tell you more. " * 10 + "I cannot.", {"refusal": 0}),
+        ("Hi! I can't wait to share this with you.", {"refusal": 0}),
+        ("The view in Hawaii cannot be missed.", {"refusal": 0}),
+        ("As an aid to memory, write it down.", {"refusal": 0}),
+        ("Dear boss, I am sorry for being late.", {"refusal": 0}),
+        ("I cannot help with that.", {"refusal": 1}),
+        ("I do not have access to the internet.", {"refusal": 1}),
         ("The candy is unfortunately gone.", {"refusal": 0}),
     ],
 )

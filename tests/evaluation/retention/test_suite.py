@@ -65,6 +65,7 @@ def test_an_adapter_of_zeros_changes_nothing(items, tmp_path):  # noqa: F811
     for metrics in found.style.values():
         assert all(metric["difference"].mean == 0 for metric in metrics.values())
     drift = suite.drift(tuned, after, DriftConfig())
+    assert set(drift) == {"own answers to ifeval", f"own answers to {STYLE}"}
     assert all(metrics["kl_base_tuned"]["tuned"].mean == 0 for metrics in drift.values())
     assert [item.output for item in before["ifeval"].items] == [item.output for item in after["ifeval"].items]
 
@@ -77,7 +78,7 @@ def test_another_model_answers_otherwise(items, tmp_path):  # noqa: F811
     assert set(found.style) == {"ifeval", STYLE}
     assert [item.output for item in before["ifeval"].items] != [item.output for item in after["ifeval"].items]
     drift = suite.drift(tuned, after, DriftConfig())
-    assert set(drift) <= {"own answers to ifeval", f"own answers to {STYLE}"}
+    assert set(drift) == {"own answers to ifeval", f"own answers to {STYLE}"}
     assert all(metrics["kl_base_tuned"]["tuned"].mean > 0 for metrics in drift.values())
     assert found.about["ifeval"]["n"] == 8
     assert found.about["ifeval"]["chat_template"]
@@ -90,7 +91,7 @@ def test_files_hold_what_an_audit_needs(items, tmp_path):  # noqa: F811
         about = content["about"]
         assert about["max_new_tokens"] == 6
         assert about["chat"] is True
-        assert set(about["versions"]) == {"lm_eval", "transformers", "torch"}
+        assert {"lm_eval", "transformers", "torch", "langdetect"} <= set(about["versions"])
         first = content["items"][0]
         assert first["prompt"].startswith("<|im_start|>user")
         assert {"id", "output", "target", "values"} <= set(first)
@@ -130,7 +131,13 @@ def test_a_base_model_is_scored_once_for_all_runs(items, tmp_path, monkeypatch):
     assert (tmp_path / "one/base/ifeval.json").read_bytes() == (tmp_path / "two/base/ifeval.json").read_bytes()
 
 
-@pytest.mark.parametrize("change", ["adapter", "setting", "damage", "base"])
+CHANGES = {
+    "adapter": 1, "scale": 1, "items": 2, "damage": 1, "base": 2, "shots": 2, "batch": 2, "seed": 2, "content": 2,
+    "nothing": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_has_changed_is_asked_again(items, tmp_path, monkeypatch, change):  # noqa: F811
     asked, tuned = runs_of(monkeypatch), model()
     both(make_suite({"arc_easy": {}}, prompts=0), tuned, tmp_path)
@@ -143,9 +150,41 @@ def test_what_has_changed_is_asked_again(items, tmp_path, monkeypatch, change): 
     if change == "base":
         with torch.no_grad():
             tuned.get_base_model().get_input_embeddings().weight[5, 0] += 1e-3
-    settings = {"items": 5} if change == "setting" else {}
-    both(make_suite({"arc_easy": settings}, prompts=0), tuned, tmp_path)
-    assert asked == ["arc_easy"] * (2 if change in ("setting", "base") else 1)
+    if change == "scale":
+        for module in tuned.modules():
+            if hasattr(module, "scaling"):
+                module.scaling["default"] *= 2
+    if change == "content":
+        path = items / "arc-easy" / "test.jsonl"
+        path.write_text(path.read_text().replace("What is cat", "What is a cat"))
+    own = {"items": {"items": 5}, "shots": {"shots": 0}}.get(change, {})
+    shared = {"batch": {"tokens_per_batch": 64}, "seed": {"seed": 3}}.get(change, {})
+    both(make_suite({"arc_easy": own}, prompts=0, **shared), tuned, tmp_path)
+    assert asked == ["arc_easy"] * CHANGES[change]
+
+
+@pytest.mark.parametrize("change", ["arguments", "template"])
+def test_another_chat_format_is_asked_again(items, tmp_path, monkeypatch, change):  # noqa: F811
+    template = "{% if loud %}{{ 'LOUD ' }}{% endif %}" + tiny_tokenizer().chat_template
+    asked, tuned = runs_of(monkeypatch), model()
+    both(make_suite({"ifeval": {"max_new_tokens": 3}}, chat_template=template), tuned, tmp_path)
+    asked.clear()
+    other = {"template_arguments": {"loud": True}, "chat_template": template} if change == "arguments" else {}
+    both(make_suite({"ifeval": {"max_new_tokens": 3}}, **other), tuned, tmp_path)
+    assert asked == ["ifeval", "ifeval"]
+
+
+def test_levels_do_not_push_each_other_out(items, tmp_path, monkeypatch):  # noqa: F811
+    asked, base = runs_of(monkeypatch), tiny_model(vocab_size=TOKENIZER_VOCAB)
+    for settings in ({"items": 3}, {}, {"items": 3}, {}):
+        make_suite({"arc_easy": settings}, prompts=0).score(base, base_store(base), "base")
+    assert asked == ["arc_easy", "arc_easy"]
+
+
+@pytest.mark.parametrize("setting", [{"prompts": -3}, {"max_new_tokens": 0}])
+def test_wrong_style_settings(setting):
+    with pytest.raises(UserError, match=f"evaluation.style.{next(iter(setting))}="):
+        StyleConfig(**setting)
 
 
 def test_base_alone(items, tmp_path):  # noqa: F811
