@@ -532,7 +532,9 @@ def test_without_walls_nothing_runs(temporary, tmp_path, monkeypatch, wall, inst
     program = f"open({str(tmp_path / 'ran')!r}, 'w')"
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "CHILD", crippled)
-        with pytest.raises(UserError, match=rf"evaluation.run_code=true .*{why}.* set evaluation.run_code=false"):
+        with pytest.raises(
+            UserError, match=rf"evaluation.retention.run_code=true .*{why}.* set evaluation.retention.run_code=false"
+        ):
             run_program(program)
     assert not (tmp_path / "ran").exists()
 
@@ -547,7 +549,9 @@ def test_the_check_tries_the_walls(temporary, tmp_path, monkeypatch, missing):
     check_sandbox.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "CHILD", crippled)
-        with pytest.raises(UserError, match=r"probe ended with: failed: RuntimeError\): set evaluation.run_code=false"):
+        with pytest.raises(
+            UserError, match=r"probe ended with: failed: RuntimeError\): set evaluation.retention.run_code=false"
+        ):
             check_sandbox()
     check_sandbox()
 
@@ -555,7 +559,7 @@ def test_the_check_tries_the_walls(temporary, tmp_path, monkeypatch, missing):
 def test_other_systems_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sandbox.sys, "platform", "darwin")
-        with pytest.raises(UserError, match=r"it runs darwin\): set evaluation.run_code=false"):
+        with pytest.raises(UserError, match=r"it runs darwin\): set evaluation.retention.run_code=false"):
             run_program(HUMAN_EVAL)
 
 
