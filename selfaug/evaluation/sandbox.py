@@ -185,6 +185,6 @@ def _reason(answer: str, secret: str, status: int) -> str:
 def _refusal(why: str) -> UserError:
     return UserError(
         "evaluation.retention.run_code=true runs programs only where they can be contained, and this machine cannot "
-        f"({why}): set evaluation.retention.run_code=false, or run on Linux, x86_64 or aarch64, with a kernel that has Landlock "
-        "(5.13 or later) and seccomp."
+        f"({why}): set evaluation.retention.run_code=false, or run on Linux, x86_64 or aarch64, with a "
+        "kernel that has Landlock (5.13 or later) and seccomp."
     )
