@@ -7,7 +7,7 @@ from tests.workspace import Workspace
 
 # Python imports this module at start-up. Anything but a local socket is written down and refused.
 BLOCK = """
-import os, socket
+import os, socket, time
 
 def refuse(kind):
     def attempt(*arguments, **_):
@@ -22,6 +22,8 @@ def only_local(self, address):
 
 socket.socket.connect = only_local
 socket.getaddrinfo = refuse("getaddrinfo")
+# The hub's client would try again for a minute.
+time.sleep = lambda seconds: None
 """
 
 

@@ -68,7 +68,7 @@ def run_program(program: str, *, seconds: float = 10.0, memory_bytes: int = 1 <<
     flags = ["-P", "-S", "-s", "-B", "-X", "utf8"]
     with tempfile.TemporaryDirectory(prefix="selfaug-") as folder:
         child = subprocess.Popen(
-            [sys.executable, *flags, str(CHILD), str(SECRET_BYTES), str(seconds), str(memory_bytes)],
+            [sys.executable, *flags, str(CHILD), *map(str, (SECRET_BYTES, seconds, memory_bytes, os.getpid()))],
             cwd=folder,
             env={"PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE,

@@ -66,22 +66,22 @@ _FIRST_VERSION = (1 << 13) - 1  # every right that version 1 knows
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 
 
-def main(secret_bytes: int, seconds: float, memory_bytes: int) -> NoReturn:
+def main(secret_bytes: int, seconds: float, memory_bytes: int, parent: int) -> NoReturn:
     """Answers the secret and the verdict, and leaves with status 0; a program that leaves by itself answers nothing."""
     write, leave = os.write, os._exit  # the program may put its own in their place
     answer = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     # The secret is read first and then lies on the interpreter's evaluation stack until the verdict is there: in no
     # variable and no container, so that a program that looks through frames and objects does not meet it.
-    write(answer, os.read(0, secret_bytes) + _verdict(seconds, memory_bytes))
+    write(answer, os.read(0, secret_bytes) + _verdict(seconds, memory_bytes, parent))
     leave(0)
 
 
-def _verdict(seconds: float, memory_bytes: int) -> bytes:
+def _verdict(seconds: float, memory_bytes: int, parent: int) -> bytes:
     program = sys.stdin.buffer.read()
     os.dup2(1, 0)
     try:
-        _contain(seconds, memory_bytes)
+        _contain(seconds, memory_bytes, parent)
     except Exception as error:
         return f"not contained: {error}".encode()
     return _run(program)
@@ -129,13 +129,15 @@ def _prctl(what: str, option: int, *arguments: Any) -> None:
     _check(what, _libc.prctl(option, *full, *[ctypes.c_ulong(0)] * (4 - len(full))))
 
 
-def _contain(seconds: float, memory_bytes: int) -> None:
+def _contain(seconds: float, memory_bytes: int, parent: int) -> None:
     """Builds the walls around this process; raises OSError, with the reason, where this machine lacks one."""
     machine = os.uname().machine
     if machine not in MACHINES:
         raise OSError(f"no system call numbers are known for {machine}")
     # If the thread that waits for this process dies, so does this process. No core dumps, also none to a handler.
     _prctl("PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, 9)
+    if os.getppid() != parent:  # it died before this could be said
+        raise OSError("nobody waits for this program")
     _prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, 0)
     _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
     _limit(seconds, memory_bytes)
@@ -223,4 +225,4 @@ def _filter(machine: str) -> bytes:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig
@@ -152,7 +153,7 @@ def test_what_has_changed_is_asked_again(items, tmp_path, monkeypatch, change): 
             tuned.get_base_model().get_input_embeddings().weight[5, 0] += 1e-3
     if change == "scale":
         for module in tuned.modules():
-            if hasattr(module, "scaling"):
+            if isinstance(module, BaseTunerLayer):
                 module.scaling["default"] *= 2
     if change == "content":
         path = items / "arc-easy" / "test.jsonl"
