@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from selfaug.evaluation import generation
 from selfaug.evaluation.generation import MAX_SEQUENCES, evaluating, generate, length_batches, stop_ids
 from selfaug.model.reference import adapters_off
 from tests.tiny import TOKENIZER_VOCAB, tiny_model, tiny_tokenizer
@@ -165,3 +166,36 @@ def test_progress_counts_answers(tokenizer, capsys):
     shown = capsys.readouterr().err
     assert "asking the base model" in shown
     assert "6/6" in shown
+
+
+def test_keys_are_kept_in_the_dtype_of_autocast(tokenizer, monkeypatch):
+    dtypes = []
+    real = generation.keep_rows
+
+    def seen(cache, rows):
+        dtypes.append(cache.layers[0].keys.dtype)
+        real(cache, rows)
+
+    monkeypatch.setattr(generation, "keep_rows", seen)
+    monkeypatch.setattr(generation, "STRIDE", 2)
+    model = tiny_model("llama", vocab_size=TOKENIZER_VOCAB)
+    settings = {"max_new_tokens": 40, "progress": False, "also_stop": range(4, 150)}
+    generate(model, tokenizer, prompts(), **settings)
+    before, dtypes[:] = set(dtypes), []
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, tokenizer, prompts(), **settings)
+    assert before == {torch.float32}
+    assert set(dtypes) == {torch.bfloat16}
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt_neox"])
+def test_stages_change_nothing(family, monkeypatch):
+    model = tiny_model(family, vocab_size=TOKENIZER_VOCAB)
+    stops = range(4, 60)  # some answers end early and leave their batch
+    found = []
+    for stride in (1, 3, 100):
+        monkeypatch.setattr(generation, "STRIDE", stride)
+        found.append(generate(model, Numbers(), prompts(), max_new_tokens=30, progress=False, also_stop=stops))
+    assert found[0] == found[1] == found[2]
+    assert len({len(answer.split()) for answer in found[0]}) > 1
