@@ -142,9 +142,7 @@ class RetentionLM(TemplateLM):
         owner = torch.tensor([i for i, asked in enumerate(batch) for _ in asked.context.continuations])  # [R]
         continuations = [entry for asked in batch for entry in asked.context.continuations]
         tails = [
-            asked.context.continuations[k][1][:-1] if asked.tail is None else []
-            for asked in batch
-            for k in range(len(asked.context.continuations))
+            tokens[:-1] if asked.tail is None else [] for asked in batch for _, tokens in asked.context.continuations
         ]
         ids, mask = _padded([asked.prefix for asked in batch], self._device, left=True)  # [B, T]
         longest = max(map(len, tails))

@@ -104,6 +104,19 @@ def test_a_shared_context_runs_once(tokenizer, monkeypatch):
     assert sum(seen) == 40
 
 
+def test_positions_count_real_tokens(tokenizer, monkeypatch):
+    """Rotary positions forgive a shift by the padding, learned ones would not."""
+    lm = RetentionLM(tiny_model(vocab_size=TOKENIZER_VOCAB), tokenizer, progress=False)
+    seen = []
+    body = lm._decoder.body.forward
+    monkeypatch.setattr(
+        lm._decoder.body, "forward", lambda **given: (seen.append(given["position_ids"].tolist()), body(**given))[1]
+    )
+    requests = [(("", ""), list(range(10, 10 + n)), [token, 5]) for n in (4, 2) for token in (60, 61)]
+    lm._loglikelihood_tokens(requests)
+    assert seen == [[[0, 1, 2, 3], [0, 0, 0, 1]], [[4], [4], [2], [2]]]
+
+
 def test_adapters_off_is_the_base(tokenizer):
     tuned = tiny_model(lora=True, vocab_size=TOKENIZER_VOCAB)
     base = tiny_model(vocab_size=TOKENIZER_VOCAB)
