@@ -13,10 +13,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
+
+from selfaug.evaluation.roomy_cache import roomy_cache
 
 # More sequences bring little on any machine and cost memory for their caches.
-MAX_SEQUENCES = 64
+MAX_SEQUENCES = 128
 # Every so many new tokens the answers that have ended leave the batch; the others need not wait for the longest.
 STRIDE = 32
 
@@ -108,7 +110,7 @@ def _grow(
     """(row, its new tokens) of a left-padded batch [B, T], as soon as the row has `ended` or has `most` tokens."""
     rows = list(range(len(ids)))
     width = ids.shape[1]
-    cache = DynamicCache(config=settings_of(model))
+    cache = roomy_cache(settings_of(model))
     while rows:
         settings.max_new_tokens = min(STRIDE, width + most - ids.shape[1])
         out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache)

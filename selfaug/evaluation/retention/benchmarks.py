@@ -14,7 +14,7 @@ from selfaug.assets import asset_path
 from selfaug.errors import UserError
 
 # Tokens of a batch of answers, prompt and answer, for each token of one forward pass: they are computed one at a time.
-GENERATION = 4
+GENERATION = 8
 
 
 @dataclass(frozen=True)
