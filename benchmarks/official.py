@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.peers import official_kl
 from selfaug.model.decoder import Head
-from selfaug.objective import LogitAlignment
+from selfaug.objective import LogitAlignment, States
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class OfficialAlignment(LogitAlignment):
     Run as: python -m selfaug.train alignment._target_=benchmarks.official.OfficialAlignment
     """
 
-    def total(self, tuned: Tensor, reference: Tensor, head: Head, weights: Tensor | None) -> Tensor:
-        """The penalty summed over N rows; tuned, reference: [N, d]. Raises ValueError for weights and fancy heads."""
+    def total(self, states: States, head: Head) -> Tensor:
+        """The penalty summed over the rows. Raises ValueError for weights and fancy heads."""
+        tuned, reference = states.tuned, states.reference
         arguments = head.arguments()
-        if weights is not None or arguments["scale"] != 1.0 or arguments["softcap"] is not None:
+        if states.weights is not None or arguments["scale"] != 1.0 or arguments["softcap"] is not None:
             raise ValueError("the official code has neither row weights nor a scale or soft-cap of the logits")
         return len(tuned) * official_kl(tuned, reference, arguments["weight"], arguments["bias"])

@@ -20,7 +20,8 @@ from transformers import get_cosine_schedule_with_warmup
 from selfaug.data.batching import Step
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
-from selfaug.objective import Objective
+from selfaug.objective import NLL, Objective
+from selfaug.objective.alphas import Alphas, Balance
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ class SelfAugModule(L.LightningModule):
             seed,
             shard,
         )
+        self.alphas = Alphas(objective.terms)
         self.step_seconds = 0.0
         self.latest: dict[str, float] = {}  # what was logged of the last optimiser step
         self.step_tokens = 0  # of the last optimiser step, over all processes, without padding
+        self.drift: float | None = None  # as a callback has just measured it, for the schedules
         self._sums = torch.zeros(2, 1)  # of the validation: [2, parts], nats and rows
 
     def configure_model(self) -> None:
@@ -114,16 +117,22 @@ class SelfAugModule(L.LightningModule):
         scheduler: Any = self.lr_schedulers()
         decoder = Decoder(self.model)
         totals = self._over_processes(torch.stack([self.objective.count(b) for b in step.micro_batches]).sum(0))
+        balance = Balance(self.model) if self.alphas.wants_gradients(self.global_step) else None
+        alphas = self.alphas(self.global_step, int(self.trainer.estimated_stepping_batches))
 
         sums = torch.zeros(len(self.objective.names) + 1, device=self.device)
         for i, batch in enumerate(step.micro_batches):
-            losses = self.objective(decoder, batch, totals, draw=(self.seed, self.global_step))
+            losses = self.objective(decoder, batch, totals, draw=(self.seed, self.global_step), alphas=alphas)
+            if balance is not None:
+                balance.add(losses.parts[NLL])
             self._backward(losses.loss, last=i == len(step.micro_batches) - 1)
+            self.objective.close()
             sums += torch.stack([losses.loss.detach(), *(part.detach() for part in losses.parts.values())])
         sums = self._over_processes(sums)
         if not torch.isfinite(sums[0]):
             raise NonFiniteLoss(self.global_step, [name for batch in step.micro_batches for name in batch.ids])
 
+        norms = (None, None) if balance is None else balance.norms(self._over_processes)
         gradient_norm = self._clip_gradients()
         if not math.isfinite(gradient_norm):
             raise NonFiniteLoss(self.global_step, [name for batch in step.micro_batches for name in batch.ids])
@@ -133,7 +142,9 @@ class SelfAugModule(L.LightningModule):
         scheduler.step()
         tokens = sum(batch.attention_mask.sum() for batch in step.micro_batches if batch.ids)  # silent ones have no ids
         tokens = self._over_processes(torch.as_tensor(tokens, device=self.device))
-        self._log_step(sums, totals, learning_rate, gradient_norm, tokens, started)
+        self._log_step(sums, totals, learning_rate, gradient_norm, tokens, started, alphas)
+        self.alphas.observe(sums[2:].tolist(), self.drift, *norms)
+        self.drift = None
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         # Data-parallel training averages the gradients over the processes; our sums are already over all of them.
@@ -157,8 +168,9 @@ class SelfAugModule(L.LightningModule):
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def _log_step(
-        self, sums: Tensor, totals: Tensor, learning_rate: float, gradient_norm: float, tokens: Tensor, started: float
-    ) -> None:
+        self, sums: Tensor, totals: Tensor, learning_rate: float, gradient_norm: float, tokens: Tensor, started: float,
+        alphas: dict[str, float],
+    ) -> None:  # fmt: skip
         values = {"train/loss": float(sums[0]), "train/lr": learning_rate, "train/tokens": int(tokens)}
         values["train/grad_norm"] = gradient_norm
         self.step_tokens, self.step_seconds = int(tokens), time.perf_counter() - started
@@ -166,8 +178,8 @@ class SelfAugModule(L.LightningModule):
         for i, name in enumerate(self.objective.names):
             values[f"train/{name}"] = float(sums[1 + i])
             values[f"train/rows_{name}"] = int(totals[i])
-        for name, term in self.objective.terms.items():
-            values["train/alpha" if len(self.objective.terms) == 1 else f"train/alpha_{name}"] = term.alpha
+        for name, alpha in alphas.items():
+            values["train/alpha" if len(alphas) == 1 else f"train/alpha_{name}"] = alpha
         self.latest = values
         self.write_metrics(values)
         self.log_dict({name: values[f"train/{name}"] for name in self.objective.names}, prog_bar=True, logger=False)
@@ -216,8 +228,14 @@ class SelfAugModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["alphas"] = {**self.alphas.state_dict(), "drift": self.drift}
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = dict(checkpoint["alphas"])
+        self.drift = state.pop("drift")
+        self.alphas.load_state_dict(state)
 
 
 class NonFiniteLoss(UserError):

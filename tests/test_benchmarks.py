@@ -12,7 +12,7 @@ import torch
 from benchmarks import all as everything
 from benchmarks import common, data, evaluation, goals, linear_kl, long_context, official, peers, step, sweep, tables
 from selfaug.model.decoder import Head
-from selfaug.objective import LogitAlignment
+from selfaug.objective import LogitAlignment, States
 from tests.evaluation.retention.tiny_items import items  # noqa: F401
 from tests.run.conftest import Runs
 from tests.tiny import save_tiny
@@ -284,11 +284,12 @@ def test_the_official_term_is_the_same_term():
     module = torch.nn.Linear(8, 60, bias=True)
     module.weight.data, module.bias.data = problem.weight, torch.randn(60)
     head = Head(module.requires_grad_(False), 1.0, None)
-    totals = [kind(0.5).total(problem.hidden, problem.reference, head, None)
+    states = States(problem.hidden, problem.reference, torch.zeros(12, dtype=torch.long))
+    totals = [kind(0.5).total(states, head)
               for kind in (LogitAlignment, official.OfficialAlignment)]  # fmt: skip
     assert totals[0].item() == pytest.approx(totals[1].item(), rel=1e-4)
     with pytest.raises(ValueError, match="soft-cap"):
-        official.OfficialAlignment(0.5).total(problem.hidden, problem.reference, Head(module, 1.0, 30.0), None)
+        official.OfficialAlignment(0.5).total(states, Head(module, 1.0, 30.0))
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

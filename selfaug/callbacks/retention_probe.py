@@ -96,6 +96,8 @@ class RetentionProbe(L.Callback):
             if answers and self.suite is not None:
                 values |= _answered(self.suite.items(pl_module.model, "ifeval"))
         self.latest = values
+        if trainer.global_step:
+            pl_module.drift = float(np.mean([value for name, value in values.items() if "drift" in name]))
         pl_module.write_metrics(values)
 
 

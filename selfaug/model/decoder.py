@@ -123,6 +123,11 @@ class Decoder:
         ).last_hidden_state
 
 
+def decoder_layers(body: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the longest ModuleList directly inside the body."""
+    return max((child for child in body.children() if isinstance(child, nn.ModuleList)), key=len)
+
+
 @torch.no_grad()
 def verify_decoder(model: nn.Module, tolerance: float = 1e-3) -> None:
     """Compare `Decoder`'s logits with the model's own on a few tokens; raises UserError where they differ.

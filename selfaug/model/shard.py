@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from selfaug.model.decoder import Decoder
+from selfaug.model.decoder import Decoder, decoder_layers
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
@@ -17,12 +17,6 @@ def shard(model: nn.Module, mesh: Any) -> None:
     mesh = mesh["data_parallel"]
     decoder = Decoder(model)
     whole = {p for p in decoder.head.module.parameters() if p is not None}
-    for layer in _layers(decoder.body):
+    for layer in decoder_layers(decoder.body):
         fully_shard(layer, mesh=mesh)
     fully_shard(decoder.body, mesh=mesh, ignored_params=whole)
-
-
-def _layers(body: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the longest ModuleList directly inside the body."""
-    lists = [child for child in body.children() if isinstance(child, nn.ModuleList)]
-    return max(lists, key=len)

@@ -5,19 +5,20 @@ input rows:  token t is not a response token. They include the *boundary row*, t
              predicts the first response token, because the paper's code includes it (its mask is not shifted).
              boundary=False drops it; input and output rows are then disjoint and, with one response at the end,
              together are all rows.
+document rows, question rows: token t is a document (question) token.
 official:    what the official code's mask selects: every token that is not a response token, padding included,
              whether it predicts anything or not. For comparison only: the mean then depends on the padding.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from selfaug.objective.batch import Role
 
-Position = Literal["input_logits", "output_logits", "all_logits"]
-POSITIONS: tuple[Position, ...] = ("input_logits", "output_logits", "all_logits")
+Position = Literal["input_logits", "output_logits", "all_logits", "document_logits", "question_logits"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
 def existing_rows(roles: Tensor, last: Tensor | None = None) -> Tensor:
@@ -47,6 +48,10 @@ def alignment_rows(
     if official:  # sequences that are all padding stand for nothing and are no part of the official batch
         return ~response & (roles != Role.PADDING).any(1, keepdim=True)
     rows = existing_rows(roles, last) & ~response
+    if position == "document_logits":
+        rows &= roles == Role.DOCUMENT
+    elif position == "question_logits":
+        rows &= roles == Role.QUESTION
     return rows if boundary else rows & ~_next(response)
 
 

@@ -1,12 +1,11 @@
 """The terms that are added to the NLL. A term says which rows it needs and sums its penalty over them.
 
-To add one: a class with `alpha`, `sampling`, `select` and `total` like LogitAlignment's, and a YAML file in
-selfaug/conf/method/.
+To add one: a class with `alpha`, `schedule`, `sampling`, `select` and `total` like LogitAlignment's, and a YAML file
+in selfaug/conf/alignment/ or method/. Terms on hidden states are in hidden.py.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import NamedTuple, Protocol, get_args
 
 from torch import Tensor
 
@@ -15,7 +14,21 @@ from selfaug.model.decoder import Head
 from selfaug.objective.batch import TokenBatch
 from selfaug.objective.rows import POSITIONS, Position, alignment_rows
 from selfaug.objective.sampling import Rows, RowSampling
+from selfaug.objective.schedules import AlphaSchedule, check_alpha
 from selfaug.ops import Divergence, linear_kl
+
+
+class States(NamedTuple):
+    """What a term is given of its N rows.
+
+    tuned, reference: [N, d] last hidden states; only `tuned` has a graph. next_tokens: [N] int64, the token that each
+    row predicts. weights: [N] of the rows in the sum, None for 1.
+    """
+
+    tuned: Tensor
+    reference: Tensor
+    next_tokens: Tensor
+    weights: Tensor | None = None
 
 
 class Term(Protocol):
@@ -23,7 +36,12 @@ class Term(Protocol):
 
     @property
     def alpha(self) -> float:
-        """Its weight in the loss."""
+        """Its weight in the loss, where the schedule starts from."""
+        ...
+
+    @property
+    def schedule(self) -> AlphaSchedule | None:
+        """How the weight changes during the training; None: not at all."""
         ...
 
     @property
@@ -35,9 +53,8 @@ class Term(Protocol):
         """[B, T] bool: the rows it is taken over."""
         ...
 
-    def total(self, tuned: Tensor, reference: Tensor, head: Head, weights: Tensor | None) -> Tensor:
-        """The penalty summed over N rows, a scalar; tuned, reference: [N, d] last hidden states of those rows;
-        weights: [N] of the rows in the sum, None for 1."""
+    def total(self, states: States, head: Head) -> Tensor:
+        """The penalty summed over the rows, a scalar."""
         ...
 
 
@@ -48,13 +65,16 @@ class LogitAlignment:
     Args:
         alpha: its weight; the paper uses 0.5 and recommends 0.3 to 0.5. At 0 the KL is measured without a gradient,
             and training is plain LoRA, bit for bit.
-        position: input_logits (SelfAug), output_logits or all_logits.
+        position: input_logits (SelfAug), output_logits, all_logits, document_logits or question_logits.
         divergence: kl_base_tuned = KL(base || tuned), as the official code computes and our default;
             kl_tuned_base = KL(tuned || base), as the paper's formula says. See selfaug/ops/linear_kl.py.
         boundary: keep the last prompt position among the input rows.
         official: take the official code's rows, padding included (input_logits only).
+        mask_target: leave the token to be learned out of both distributions (output_logits only): the KL then says
+            nothing about it and does not pull against the NLL (target-masked KL, arXiv 2605.29498).
         rows, share: use a share of the rows in each training step, weighted so that the loss is the same in
             expectation; see selfaug/objective/sampling.py.
+        schedule: how alpha changes during the training; see selfaug/objective/schedules.py.
 
     Raises:
         UserError: a value outside its range.
@@ -67,12 +87,13 @@ class LogitAlignment:
     official: bool = False
     rows: Rows = "all"
     share: float = 1.0
+    mask_target: bool = False
+    schedule: AlphaSchedule | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha) or self.alpha < 0:
-            raise UserError(f"alignment.alpha={self.alpha} is not allowed: set it to 0 or a positive number.")
         if self.position not in POSITIONS:
             raise UserError(f"alignment.position={self.position} is unknown: set it to one of {', '.join(POSITIONS)}.")
+        check_alpha(self.alpha, self.schedule)
         if self.divergence not in get_args(Divergence):
             known = ", ".join(get_args(Divergence))
             raise UserError(f"alignment.divergence={self.divergence} is unknown: set it to one of {known}.")
@@ -80,6 +101,11 @@ class LogitAlignment:
             raise UserError(
                 "alignment.official=true means the official code's rows: set alignment.position=input_logits and "
                 "alignment.boundary=true with it."
+            )
+        if self.mask_target and self.position != "output_logits":
+            raise UserError(
+                "alignment.mask_target=true leaves out the response token that a row predicts, which only output rows "
+                "have: set alignment.position=output_logits with it."
             )
         if not self.sampling.everything and self.official:
             raise UserError(
@@ -99,7 +125,8 @@ class LogitAlignment:
             batch.roles, self.position, boundary=self.boundary, official=self.official, last=batch.last
         )
 
-    def total(self, tuned: Tensor, reference: Tensor, head: Head, weights: Tensor | None) -> Tensor:
+    def total(self, states: States, head: Head) -> Tensor:
         return linear_kl(
-            tuned, reference, **head.arguments(), divergence=self.divergence, row_weights=weights, reduction="sum"
-        )
+            states.tuned, states.reference, **head.arguments(), divergence=self.divergence, reduction="sum",
+            row_weights=states.weights, excluded=states.next_tokens if self.mask_target else None,
+        )  # fmt: skip

@@ -34,6 +34,7 @@ def divergence_rows(
     shape: HeadShape,
     divergence: Divergence,
     needs_gradient: bool,
+    excluded: Tensor | None = None,
 ) -> Tensor:
     """KL of each row [m], in float32 at least, from the raw products, which are overwritten.
 
@@ -41,6 +42,7 @@ def divergence_rows(
         tuned: [m, V] h_tuned W^T. With needs_gradient it holds dKL/d(h_tuned W^T) afterwards.
         difference: [m, V] (h_base - h_tuned) W^T.
         bias: [V]; shape: what else the head does.
+        excluded: [m], a token of each row that is left out of both distributions.
     """
     m, vocabulary = tuned.shape
     accurate = torch.float64 if tuned.dtype == torch.float64 else torch.float32
@@ -56,6 +58,10 @@ def divergence_rows(
             t.copy_(tuned[rows])
             d.copy_(difference[rows])
         slope = _finish_logits(t, d, bias, shape, work)
+        if excluded is not None:  # probability 0 in both, and no part of any sum
+            token = excluded[rows].unsqueeze(-1)
+            t.scatter_(1, token, -torch.inf)
+            d.scatter_(1, token, 0.0)
         values[rows] = _finished_rows(t, d, work, divergence, needs_gradient)
         if needs_gradient:
             if slope is not None:

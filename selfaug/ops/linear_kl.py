@@ -44,6 +44,7 @@ def linear_kl(
     temperature: float = 1.0,
     divergence: Divergence = "kl_base_tuned",
     row_weights: Tensor | None = None,
+    excluded: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     impl: Literal["auto", "naive", "chunked", "triton"] = "auto",
     chunk_bytes: int | None = None,
@@ -60,6 +61,8 @@ def linear_kl(
             applied to the result.
         divergence: "kl_base_tuned" (default) or "kl_tuned_base".
         row_weights: [N] a factor for each row; rows of weight 0 are left out before the first product. Constants.
+        excluded: [N] int64, a token of each row that is left out of both distributions, which are normalised over the
+            others: the target-masked KL of arXiv 2605.29498, with the row's target.
         reduction: over the N rows: the mean is the (weighted) sum / N, and that of no rows is 0, with the graph kept.
         impl: "naive" builds whole [N, V] logits (for tests and as documentation), "chunked" does not, and "triton" is
             "chunked" with one CUDA kernel between the products; "auto" is "triton" where it works, else "chunked".
@@ -81,6 +84,10 @@ def linear_kl(
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
     if impl not in ("auto", "naive", "chunked", "triton"):
         raise ValueError(f"impl must be auto, naive, chunked or triton, got {impl!r}")
+    if excluded is not None and excluded.shape != hidden.shape[:1]:
+        raise ValueError(f"excluded {tuple(excluded.shape)} must be [N] with N={len(hidden)}")
+    if impl == "triton" and excluded is not None:
+        raise ValueError("impl=triton cannot leave tokens out: use auto")
     reference = reference.detach()
     kept = None
     if row_weights is not None:
@@ -93,10 +100,11 @@ def linear_kl(
     n = len(hidden)
     if kept is not None:
         hidden, reference = hidden[kept], reference[kept]
+        excluded = None if excluded is None else excluded[kept]
     if impl == "naive":
-        rows = naive_kl(hidden, reference, weight, bias, shape, divergence)
+        rows = naive_kl(hidden, reference, weight, bias, shape, divergence, excluded)
     else:
-        rows = _chunked_kl(hidden, reference, weight, bias, shape, divergence, impl, chunk_bytes)
+        rows = _chunked_kl(hidden, reference, weight, bias, shape, divergence, excluded, impl, chunk_bytes)
     if row_weights is not None:
         rows = rows * (row_weights if kept is None else row_weights[kept])
     if reduction == "none":
@@ -105,12 +113,21 @@ def linear_kl(
 
 
 def naive_kl(
-    hidden: Tensor, reference: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShape, divergence: Divergence
+    hidden: Tensor,
+    reference: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: HeadShape,
+    divergence: Divergence,
+    excluded: Tensor | None = None,
 ) -> Tensor:
     """The formula as it stands, [N]: the yardstick for every other implementation."""
     frozen_bias = None if bias is None else bias.detach()
-    log_tuned = head_logits(hidden, weight, bias, shape).log_softmax(-1)
-    log_base = head_logits(reference, weight.detach(), frozen_bias, shape).log_softmax(-1)
+    tuned, base = head_logits(hidden, weight, bias, shape), head_logits(reference, weight.detach(), frozen_bias, shape)
+    if excluded is not None:
+        others = torch.ones_like(tuned, dtype=torch.bool).scatter_(1, excluded.unsqueeze(-1), False)
+        tuned, base = (logits[others].view(len(logits), -1) for logits in (tuned, base))
+    log_tuned, log_base = tuned.log_softmax(-1), base.log_softmax(-1)
     if divergence == "kl_base_tuned":
         return (log_base.exp() * (log_base - log_tuned)).sum(-1)
     return (log_tuned.exp() * (log_tuned - log_base)).sum(-1)
@@ -123,11 +140,13 @@ def _chunked_kl(
     bias: Tensor | None,
     shape: HeadShape,
     divergence: Divergence,
+    excluded: Tensor | None,
     impl: str,
     chunk_bytes: int | None,
 ) -> Tensor:
     dtype = product_dtype(hidden)
-    triton = impl == "triton" or (impl == "auto" and dtype != torch.float64 and kl_triton.available(hidden.device))
+    fits = dtype != torch.float64 and excluded is None
+    triton = impl == "triton" or (impl == "auto" and fits and kl_triton.available(hidden.device))
     # Two buffers in the products' dtype; without a kernel, on an accelerator, four more to compute in.
     row_bytes = 2 * dtype.itemsize * len(weight)
     if not triton and hidden.device.type != "cpu":
@@ -141,19 +160,19 @@ def _chunked_kl(
         return torch.cat(
             [
                 checkpoint(naive_kl, hidden[i : i + size], reference[i : i + size], weight, bias, shape, divergence,
-                           use_reentrant=False)
+                           None if excluded is None else excluded[i : i + size], use_reentrant=False)
                 for i in starts
             ]
         )  # fmt: skip
     between = kl_triton.divergence_rows if triton else kl_rows.divergence_rows
-    return _ChunkedKL.apply(hidden, reference, weight, bias, shape, divergence, size, dtype, between)
+    return _ChunkedKL.apply(hidden, reference, weight, bias, shape, divergence, excluded, size, dtype, between)
 
 
 class _ChunkedKL(torch.autograd.Function):
     """Per-row KL [N]. The gradient of each row to its hidden state is taken in forward; backward only scales it."""
 
     @staticmethod
-    def forward(ctx, hidden, reference, weight, bias, shape, divergence, size, dtype, between):
+    def forward(ctx, hidden, reference, weight, bias, shape, divergence, excluded, size, dtype, between):
         needs_gradient = ctx.needs_input_grad[0]
         accurate = reduction_dtype(hidden)
         n, vocabulary = len(hidden), len(weight)
@@ -168,7 +187,8 @@ class _ChunkedKL(torch.autograd.Function):
                 hidden_rows = hidden[rows].to(accurate)
                 torch.mm(hidden_rows.to(dtype), weight.T, out=tuned)
                 torch.mm((reference[rows].to(accurate) - hidden_rows).to(dtype), weight.T, out=difference)
-                values[rows] = between(tuned, difference, bias, shape, divergence, needs_gradient)
+                left_out = {} if excluded is None else {"excluded": excluded[rows]}
+                values[rows] = between(tuned, difference, bias, shape, divergence, needs_gradient, **left_out)
                 if gradient is not None:  # `tuned` now holds dKL/d(h W^T)
                     pieces = -(-len(tuned) // GRADIENT_ROWS) if tuned.device.type == "cpu" else 1
                     gradient[rows] = torch.cat([torch.mm(piece, weight) for piece in tuned.chunk(pieces)])
@@ -179,4 +199,4 @@ class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad.unsqueeze(-1)).to(gradient.dtype), *[None] * 8
+        return (gradient * grad.unsqueeze(-1)).to(gradient.dtype), *[None] * 9

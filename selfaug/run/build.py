@@ -21,7 +21,8 @@ from selfaug.model.load import add_adapter, load_base, load_tokenizer, recompute
 from selfaug.model.reference import AdaptersOff, Reference
 from selfaug.model.shard import shard
 from selfaug.module import OptimizerConfig, SelfAugModule
-from selfaug.objective import Objective
+from selfaug.objective import HiddenAlignment, Objective
+from selfaug.objective.alphas import Alphas
 from selfaug.paths import cache_dir
 from selfaug.run.identity import caches_reference
 from selfaug.run.machine import room
@@ -151,7 +152,12 @@ def base_model(config: DictConfig) -> torch.nn.Module:
 
 def objective(config: DictConfig) -> Objective:
     """NLL and the terms of the method."""
-    terms = {str(name): make(term, "method") for name, term in config.method.terms.items()}
+    terms: dict[str, Any] = {}
+    for name, node in config.method.terms.items():
+        if node.get("position") != "none":  # alignment=none: plain fine-tuning as a row of an ablation
+            term = make(node, "method")
+            terms["hidden" if name == "kl" and isinstance(term, HiddenAlignment) else str(name)] = term
+    _check_schedules(config, terms)
     if any(getattr(term, "official", False) for term in terms.values()):
         for without, name, off in (
             (caches_reference(config), "the reference cache", "reference.cache=off"),
@@ -162,6 +168,25 @@ def objective(config: DictConfig) -> Objective:
                     f"alignment.official=true counts padding, which {name} does not keep: set {off} with it."
                 )
     return Objective(terms, reference(config))
+
+
+def _check_schedules(config: DictConfig, terms: dict[str, Any]) -> None:
+    alphas = Alphas(terms)
+    for schedule in alphas.schedules.values():
+        if getattr(schedule, "signal", None) == "drift" and not config.callbacks.get("retention_probe"):
+            raise UserError(
+                "alignment.schedule.signal=drift needs the drift to be measured meanwhile: set "
+                "callbacks=retention_probe with it."
+            )
+    if any(alphas.wants_gradients(step) for step in range(100)) and _sharded(config):
+        raise UserError(
+            "alignment/schedule=gradient_balance needs whole gradients, which trainer=fsdp does not keep: use another "
+            "schedule, or trainer=ddp."
+        )
+
+
+def _sharded(config: DictConfig) -> bool:
+    return "ModelParallel" in str(OmegaConf.select(config, "trainer.strategy._target_"))
 
 
 def reference(config: DictConfig) -> Reference:
@@ -188,8 +213,7 @@ def module(config: DictConfig) -> SelfAugModule:
     if not needs_accelerator(model):
         with precision(config).autocast("cpu"):  # where the model still is
             verify(model, packing=config.data.packing)
-    sharded = "ModelParallel" in str(OmegaConf.select(config, "trainer.strategy._target_"))
-    return SelfAugModule(model, goal, optimizer, seed=config.seed, shard=shard if sharded else None)
+    return SelfAugModule(model, goal, optimizer, seed=config.seed, shard=shard if _sharded(config) else None)
 
 
 def verify(model: torch.nn.Module, packing: bool) -> None:

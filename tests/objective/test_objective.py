@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
-from selfaug.objective import LogitAlignment, Objective, TokenBatch
+from selfaug.objective import LogitAlignment, Objective, Role, TokenBatch
 from selfaug.objective.rows import POSITIONS
 from selfaug.objective.sampling import RowSampling
 from tests.tiny import FAMILIES, random_batch, tiny_model
@@ -24,7 +24,12 @@ each_side = pytest.mark.parametrize("side", ["left", "right"])
 
 
 def make_batch(lengths=LENGTHS, responses=RESPONSES, **settings) -> TokenBatch:
-    return TokenBatch.from_labels(*random_batch(lengths, responses, **settings))
+    """Of the prompts' tokens every third is a document's and the next one the question's."""
+    batch = TokenBatch.from_labels(*random_batch(lengths, responses, **settings))
+    place = torch.arange(batch.roles.shape[1]) % 3
+    prompt = batch.roles == Role.TEMPLATE
+    roles = batch.roles.masked_fill(prompt & (place == 1), Role.DOCUMENT)
+    return replace(batch, roles=roles.masked_fill(prompt & (place == 2), Role.QUESTION))
 
 
 def take(batch: TokenBatch, rows: slice, unpad: bool = False) -> TokenBatch:
@@ -72,8 +77,8 @@ def assert_close_gradients(found, expected, relative=1e-4):
 # --- against an independent computation ---------------------------------------------------------------------------
 
 
-def kl_mask(labels, mask, position, boundary, official):
-    """[B, T - 1] bool over the shifted rows, from transformers' tensors and not from roles."""
+def kl_mask(labels, mask, roles, position, boundary):
+    """[B, T - 1] bool over the shifted rows, from transformers' tensors and, only where they cannot know, from roles."""
     token, following = mask[:, :-1].bool(), mask[:, 1:].bool()
     response, predicts_response = labels[:, :-1] != -100, labels[:, 1:] != -100
     exists = token & following
@@ -81,6 +86,8 @@ def kl_mask(labels, mask, position, boundary, official):
         "output_logits": exists & predicts_response,
         "all_logits": exists,
         "input_logits": exists & ~response & (boundary | ~predicts_response),
+        "document_logits": exists & (roles[:, :-1] == 2) & (boundary | ~predicts_response),
+        "question_logits": exists & (roles[:, :-1] == 3) & (boundary | ~predicts_response),
     }[position]
 
 
@@ -91,7 +98,7 @@ def straightforward(model, base, batch, alpha, position, divergence, boundary):
     with torch.no_grad():
         reference = base(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
     nll = F.cross_entropy(tuned.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    keep = kl_mask(labels, mask, position, boundary, official=False)
+    keep = kl_mask(labels, mask, batch.roles, position, boundary)
     log_tuned, log_base = tuned[keep].log_softmax(-1), reference[keep].log_softmax(-1)
     log_q, log_p = (log_tuned, log_base) if divergence == "kl_base_tuned" else (log_base, log_tuned)
     kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
@@ -160,9 +167,11 @@ def test_a_term_of_ones_own():
         def select(self, batch):
             return batch.roles != 0
 
-        def total(self, tuned, reference, head, weights):
-            assert not reference.requires_grad
-            return (tuned - reference).square().sum()
+        schedule = None
+
+        def total(self, states, head):
+            assert not states.reference.requires_grad
+            return (states.tuned - states.reference).square().sum()
 
     model, base, batch = tiny_model(lora=True), tiny_model(), make_batch(side="left")
     objective = Objective({"distance": Distance()})

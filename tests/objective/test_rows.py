@@ -19,6 +19,8 @@ EXAMPLES = {
         "input   ": "xxxx  ",
         "strict  ": "xxx   ",
         "official": "xxxx  ",
+        "document": " xx   ",
+        "question": "   x  ",
     },
     "right padding": {
         "roles   ": "tdqRR..",
@@ -27,6 +29,8 @@ EXAMPLES = {
         "input   ": "xxx    ",
         "strict  ": "xx     ",
         "official": "xxx  xx",
+        "document": " x     ",
+        "question": "  x    ",
     },
     "left padding": {
         "roles   ": "..tdqRR",
@@ -35,6 +39,8 @@ EXAMPLES = {
         "input   ": "  xxx  ",
         "strict  ": "  xx   ",
         "official": "xxxxx  ",
+        "document": "   x   ",
+        "question": "    x  ",
     },
     "two turns": {  # the row of a response token that predicts a template token is in `existing` alone
         "roles   ": "tqRRtqRRR.",
@@ -43,6 +49,8 @@ EXAMPLES = {
         "input   ": "xx  xx    ",
         "strict  ": "x   x     ",
         "official": "xx  xx   x",
+        "document": "          ",
+        "question": " x   x    ",
     },
     "one response token": {
         "roles   ": "tqR",
@@ -51,6 +59,8 @@ EXAMPLES = {
         "input   ": "xx ",
         "strict  ": "x  ",
         "official": "xx ",
+        "document": "   ",
+        "question": " x ",
     },
     "no response": {  # the last token predicts nothing; the official mask counts it all the same
         "roles   ": "tddq.",
@@ -59,6 +69,8 @@ EXAMPLES = {
         "input   ": "xxx  ",
         "strict  ": "xxx  ",
         "official": "xxxxx",
+        "document": " xx  ",
+        "question": "     ",
     },
     "only a response": {
         "roles   ": ".RRR",
@@ -67,6 +79,8 @@ EXAMPLES = {
         "input   ": "    ",
         "strict  ": "    ",
         "official": "x   ",
+        "document": "    ",
+        "question": "    ",
     },
     "prompt of one token": {
         "roles   ": "tRR",
@@ -75,6 +89,8 @@ EXAMPLES = {
         "input   ": "x  ",
         "strict  ": "   ",
         "official": "x  ",
+        "document": "   ",
+        "question": "   ",
     },
     "one token": {
         "roles   ": "t",
@@ -83,6 +99,8 @@ EXAMPLES = {
         "input   ": " ",
         "strict  ": " ",
         "official": "x",
+        "document": " ",
+        "question": " ",
     },
     "nothing but padding": {  # it fills up a batch and is no part of the official one
         "roles   ": "...",
@@ -91,6 +109,8 @@ EXAMPLES = {
         "input   ": "   ",
         "strict  ": "   ",
         "official": "   ",
+        "document": "   ",
+        "question": "   ",
     },
 }
 SETS = {
@@ -99,6 +119,8 @@ SETS = {
     "input   ": lambda roles: alignment_rows(roles, "input_logits"),
     "strict  ": lambda roles: alignment_rows(roles, "input_logits", boundary=False),
     "official": lambda roles: alignment_rows(roles, "input_logits", official=True),
+    "document": lambda roles: alignment_rows(roles, "document_logits"),
+    "question": lambda roles: alignment_rows(roles, "question_logits"),
 }
 
 
@@ -119,6 +141,12 @@ def test_the_other_positions_are_named_sets(name):
     roles = parse(EXAMPLES[name]["roles   "])
     assert torch.equal(alignment_rows(roles, "output_logits"), output_rows(roles))
     assert torch.equal(alignment_rows(roles, "all_logits"), existing_rows(roles))
+
+
+def test_without_the_boundary_a_question_that_ends_the_prompt_loses_its_last_row():
+    roles = parse("tdqqRR")
+    assert alignment_rows(roles, "question_logits", boundary=False)[0].tolist() == [0, 0, 1, 0, 0, 0]
+    assert alignment_rows(roles, "document_logits", boundary=False)[0].tolist() == [0, 1, 0, 0, 0, 0]
 
 
 def random_sequence(rng: random.Random, length: int, one_response: bool) -> list[Role]:
@@ -148,6 +176,8 @@ def test_definitions_on_random_sequences(one_response):
         assert found["existing"][b, t] == exists
         assert found["output"][b, t] == (exists and following == Role.RESPONSE)
         assert found["input"][b, t] == (exists and token != Role.RESPONSE)
+        assert found["document"][b, t] == (exists and token == Role.DOCUMENT)
+        assert found["question"][b, t] == (exists and token == Role.QUESTION)
         assert found["strict"][b, t] == (exists and token != Role.RESPONSE and following != Role.RESPONSE)
         assert found["official"][b, t] == (token != Role.RESPONSE)
 

@@ -55,6 +55,58 @@ def test_direction_and_value_by_hand():
     assert linear_kl(tuned, base, head).item() == base_tuned  # the default is the official code's direction
 
 
+@each_head
+@each_divergence
+def test_an_excluded_token_is_as_good_as_a_smaller_vocabulary(head, divergence):
+    """Each row over the words that are left, as whole vectors and without any -inf."""
+    for shape in SHAPES[:2]:
+        case = make_case(*shape, **head)
+        excluded = torch.arange(shape[0]) * 5 % shape[1]
+        upstream = torch.linspace(-1, 2, shape[0], dtype=torch.float64)
+        expected = []
+        for i, token in enumerate(excluded.tolist()):
+            others = [v for v in range(shape[1]) if v != token]
+            smaller = {**case.head, "weight": case.head["weight"][others]}
+            if smaller.get("bias") is not None:
+                smaller["bias"] = smaller["bias"][others]
+            row = slice(i, i + 1)
+            expected.append(plain_kl(case.hidden[row], case.reference[row], divergence, **smaller))
+        expected = torch.cat(expected)
+        (expected_grad,) = torch.autograd.grad(expected @ upstream, case.hidden)
+        arguments = {"divergence": divergence, "reduction": "none", "excluded": excluded, **case.head}
+        for impl, chunk_bytes in [("naive", 1), *(("chunked", size) for size in chunk_sizes(shape[1]).values())]:
+            found = linear_kl(case.hidden, case.reference, impl=impl, chunk_bytes=chunk_bytes, **arguments)
+            (grad,) = torch.autograd.grad(found @ upstream, case.hidden)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-10)
+
+
+@each_divergence
+@pytest.mark.parametrize("far", [False, True])
+def test_an_excluded_token_counts_for_nothing(far, divergence):
+    """However sure the base model is of it; `far` takes the branch for large differences."""
+    case = make_case(6, 40, 8)
+    excluded = torch.full((6,), 7)
+    weight = case.head["weight"].clone()
+    arguments = {"divergence": divergence, "reduction": "none", "excluded": excluded}
+    with torch.no_grad():
+        hidden = case.hidden * (40.0 if far else 1.0)
+        before = linear_kl(hidden, case.reference, weight, **arguments)
+        weight[7] *= -30.0
+        assert torch.equal(linear_kl(hidden, case.reference, weight, **arguments), before)
+        weighted = linear_kl(hidden, case.reference, weight, row_weights=torch.tensor([0.0, 1, 0, 2, 0, 0]).double(), **arguments)
+    torch.testing.assert_close(weighted, before * torch.tensor([0.0, 1, 0, 2, 0, 0]).double())
+    assert before.isfinite().all()
+
+
+def test_what_is_excluded_must_fit():
+    case = make_case(3, 10, 4)
+    with pytest.raises(ValueError, match="excluded"):
+        linear_kl(case.hidden, case.reference, **case.head, excluded=torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="triton"):
+        linear_kl(case.hidden, case.reference, **case.head, excluded=torch.zeros(3, dtype=torch.long), impl="triton")
+
+
 @each_divergence
 def test_equals_scipy(divergence):
     case = make_case(11, 29, 6, bias=True, scale=0.7, softcap=5.0, temperature=1.3)

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from selfaug.callbacks.saving import newest_checkpoint
 from tests.run.conftest import Runs
 
-# 10 steps an epoch, validation between them, dropout that draws random numbers in every step.
+# 10 steps an epoch, validation between them, dropout that draws random numbers and a controller that changes alpha in
+# every step.
 LONG = ("trainer.max_epochs=3", "callbacks.checkpoint_every_n_steps=4", "trainer.val_check_interval=5",
-        "adapter.lora_dropout=0.1")  # fmt: skip
+        "adapter.lora_dropout=0.1", "alignment/schedule=kl_target", "alignment.schedule.target=1e-5")  # fmt: skip
 
 
 def adapter(directory: Path) -> bytes:
@@ -71,6 +72,7 @@ def whole(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = workspace.into(tmp_path_factory.mktemp("whole")).done(*LONG)
     assert len([row for row in metrics(directory) if row["train/loss"]]) == 30
     assert len([row for row in metrics(directory) if row["val/nll"]]) == 6
+    assert len({row["train/alpha"] for row in metrics(directory)}) > 10
     return directory
 
 
