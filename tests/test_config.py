@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +24,8 @@ NEEDED = {
     ("model", "local"): ("model.name=somewhere",),
     ("data", "jsonl"): ("data.path=mine.jsonl",),
     ("data", "crag"): ("data.path=crag.jsonl.bz2",),
+    ("size", "paper"): ("data.path=crag.jsonl.bz2",),
+    ("experiment", "model_scale"): ("data.path=crag.jsonl.bz2",),
 }
 
 
@@ -68,7 +71,8 @@ def test_every_method_instantiates(method: str, alignment: str):
     objective = build.objective(config)
     assert isinstance(objective, Objective)
     assert objective.names[0] == "nll"
-    assert set(objective.terms) == set(config.method.terms)
+    terms = set(config.method.terms) if alignment != "none" else set()
+    assert {name.replace("hidden", "kl") for name in objective.terms} == terms
 
 
 @pytest.mark.parametrize("name", names("adapter"))
@@ -104,6 +108,78 @@ def test_what_changes_the_result_changes_the_hash(override: str):
 
 def test_hash_of_plain_lora_does_not_depend_on_the_unused_alpha():
     assert config_hash(composed("method=lora", "alignment.alpha=0.3")) == config_hash(composed("method=lora"))
+
+
+def test_no_alignment_is_one_run_whatever_its_settings():
+    """So that a sweep over alignments and alphas trains plain LoRA once for each seed."""
+    plain = config_hash(composed("alignment=none"))
+    assert config_hash(composed("alignment=none", "alignment.alpha=0.3", "alignment.divergence=kl_tuned_base")) == plain
+    assert config_hash(composed("alignment=none", "alignment/schedule=linear")) == plain
+    assert config_hash(composed("alignment=none", "reference.cache=disk")) == plain
+    assert config_hash(composed("alignment=none", "seed=2")) != plain
+    assert config_hash(composed("alignment.alpha=0")) != plain
+
+
+@pytest.mark.parametrize("schedule", names("alignment/schedule"))
+@pytest.mark.parametrize("alignment", ["input_logits", "all_layers"])
+def test_every_schedule_instantiates(alignment: str, schedule: str):
+    config = composed(f"alignment={alignment}", f"alignment/schedule={schedule}")
+    (term,) = build.objective(config).terms.values()
+    assert term.schedule is not None
+    assert term.schedule.alpha(0.5, 3, 10) >= 0
+
+
+def test_terms_are_combined_freely():
+    """As docs and README say: another alignment under a name of its own, with its own weight."""
+    config = composed("+alignment@method.terms.output=target_masked_output", "method.terms.output.alpha=0.1")
+    terms = build.objective(config).terms
+    assert [(name, term.position, term.alpha) for name, term in terms.items()] == [
+        ("kl", "input_logits", 0.5),
+        ("output", "output_logits", 0.1),
+    ]
+
+
+# ---- experiments ---------------------------------------------------------------------------------------------------
+
+
+def swept(name: str, *overrides: str) -> dict[str, list[str]]:
+    """What the experiment sweeps over: setting to its values."""
+    config = compose("train", overrides=[f"experiment={name}", *overrides], return_hydra_config=True)
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in config.hydra.sweeper.params.items()])
+    return {one.key_or_group: [str(v) for v in one.sweep_string_iterator()] for one in parsed}
+
+
+EXPERIMENTS = [name for name in names("experiment") if name != "demo"]
+
+
+@pytest.mark.parametrize("size", ["lab", "paper"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_of_every_experiment_is_a_run(name: str, size: str):
+    """Each value of each sweep composes and passes the checks that a run starts with."""
+    more = [f"size={size}", *(["data.path=crag.jsonl.bz2"] if size == "paper" else [])]
+    if name == "context_length" and size == "paper":
+        more.append("data.context_tokens=2048")
+    params = swept(name, *more)
+    assert len(params["seed"]) >= 3
+    others = [key for key in params if key != "seed"]
+    for key in others:
+        for value in params[key]:
+            config = composed(f"experiment={name}", f"{key}={value}", *more)
+            assert name in config.tags
+            build.check(config)
+            assert config.run_name.endswith(config_hash(config))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_plain_lora_beside_it(name: str):
+    params = swept(name, *NEEDED.get(("experiment", name), ()))
+    assert "none" in params.get("alignment", []) or "0.0" in params.get("alignment.alpha", [])
+
+
+def test_the_positions_are_all_there():
+    """The paper's Table 2, what it leaves out, and plain LoRA."""
+    wanted = {*names("alignment")} - {name for name in names("alignment") if name.startswith(("sampled_", "input_"))}
+    assert {*swept("ablation_position")["alignment"]} == (wanted | {"input_logits"}) - {"hidden_states"}
 
 
 def test_hash_survives_saving(tmp_path: Path):

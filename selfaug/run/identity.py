@@ -9,9 +9,12 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from selfaug.errors import UserError
@@ -38,7 +41,11 @@ def config_hash(config: DictConfig) -> str:
     }
     if config.get("ckpt_path") not in ("auto", None):  # a start from elsewhere is another run
         relevant["ckpt_path"] = config.ckpt_path
-    if caches_reference(config) and OmegaConf.select(config, "method.terms"):
+    method: Any = relevant.get("method") or {}
+    if method.get("terms"):  # a term that is left out has settings all the same
+        kept = {name: term for name, term in method["terms"].items() if term.get("position") != "none"}
+        relevant["method"] = {**method, "terms": kept}
+    if caches_reference(config) and relevant.get("method", {}).get("terms"):
         # The cache computes each example alone, which rounds differently: a run is cached from its first to its last
         # step, or never. Where it is kept makes no difference.
         relevant["reference"] = "cached"
@@ -96,6 +103,25 @@ class RunDirectory:
     @property
     def fitted(self) -> bool:
         return (self.path / "fit.json").is_file() and (self.adapter / "adapter_config.json").is_file()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process works on this run: the same command twice, or two jobs of a sweep that are one run.
+        The others wait. (Processes that train together are one: only the first of them asks.)"""
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            log.info("another process works on this run, waiting for it: %s", self.path)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim(self, config: DictConfig, data_fingerprint: str) -> None:
         """Write config.yaml and run.json, or check them against those of the run that is to be resumed."""

@@ -24,6 +24,7 @@ from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import Decoder
 from selfaug.model.entries import MemoryEntries
+from selfaug.objective import HiddenAlignment, Objective
 from selfaug.ops.head import CHUNK_BYTES, product_dtype
 from selfaug.ops.linear_kl import LEAST_ROWS
 from selfaug.run.machine import GB, free_unused, heap_factor, resident_bytes, room
@@ -48,7 +49,7 @@ class Costs:
     weights: of the model, frozen. adapters: all that trains, with its gradients and the optimiser's state. head: a
     copy of it in the dtype of the products. logits: buffers of the loss for one row, at most `chunk` for all of them.
     heap: factor from what lives to what it takes (machine.py). layers: of the model. cache: reference states in
-    memory. process: what there is beside the model, on a CPU. recomputes: gradient checkpointing is on. rank: of the
+    memory. inside: for one token, what terms on hidden states keep of both models. process: what there is beside the model, on a CPU. recomputes: gradient checkpointing is on. rank: of the
     adapter.
     """
 
@@ -64,6 +65,7 @@ class Costs:
     layers: int
     cache: int = 0
     process: int = 0
+    inside: int = 0
     recomputes: bool = False
     rank: int | None = None
 
@@ -73,11 +75,13 @@ class Costs:
         return self.process + self.weights + self.adapters + self.gradients + self.optimiser + self.head + self.cache
 
     def activations(self, at: Largest) -> int:
-        return round(self.heap * self.measured.top(*at))
+        return round(self.heap * self.measured.top(*at)) + self.inside * at.tokens
 
     def loss(self, at: Largest) -> int:
         """A chunk of logits, and hidden states: of the base model, the rows chosen from both, and two gradients."""
-        return min(self.logits * at.tokens, self.chunk) + 5 * self.measured.state_bytes * at.tokens
+        return min(self.logits * at.tokens, self.chunk) + (
+            5 * self.measured.state_bytes + self.inside
+        ) * at.tokens
 
     def peak(self, at: Largest) -> int:
         loss = round(self.heap * self.measured.held(*at)) + self.loss(at)
@@ -119,6 +123,16 @@ def count(
         recomputes=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         rank=ranks.pop() if len(ranks) == 1 else None,
     )
+
+
+def hidden_bytes(goal: Objective, model: nn.Module) -> int:
+    """For one token: what the modules put out that terms on hidden states compare, of the base model and as the
+    difference of both."""
+    decoder = Decoder(model)
+    weight = decoder.head.arguments()["weight"]
+    terms = [term for term in goal.terms.values() if isinstance(term, HiddenAlignment)]
+    modules = [module for term in terms for module in term.modules(decoder.body)]
+    return sum(2 * product_dtype(weight).itemsize * getattr(m, "out_features", weight.shape[1]) for m in modules)
 
 
 def largest(sampler: StepSampler, steps: int, costs: Costs) -> Largest:
@@ -250,6 +264,8 @@ class MemoryPlan(L.Callback):
             reference=bool(goal.terms) and not cached,
             processes=trainer.world_size,
         )
+        with trainer.precision_plugin.train_step_context():
+            costs = replace(costs, inside=hidden_bytes(goal, model))
         if pl_module.device.type != "cuda":
             costs = replace(costs, process=max(taken - costs.weights - costs.adapters, 0))
         steps = int(trainer.estimated_stepping_batches)  # this also makes the loader

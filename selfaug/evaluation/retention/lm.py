@@ -5,6 +5,7 @@ context runs through the model once, its keys and values are shared by the choic
 that predict a choice's tokens and of no others, without autocast and summed in float32 at least.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,13 +38,6 @@ class _Context(NamedTuple):
 
     tokens: list[int]
     continuations: list[tuple[int, list[int]]]
-
-    @property
-    def cost(self) -> int:
-        """Tokens that it takes in a batch, once as it is and once for each continuation."""
-        more = [len(tokens) - 1 for _, tokens in self.continuations]
-        copies = len(more) if max(more) else 0
-        return len(self.tokens) * (1 + copies) + sum(more)
 
 
 class RetentionLM(TemplateLM):
@@ -223,6 +217,11 @@ class _Asked(NamedTuple):
     prefix: list[int]
     tail: list[int] | None
 
+    @property
+    def width(self) -> int:
+        """Tokens of the longest continuation in a second pass; its last token needs none."""
+        return 0 if self.tail is not None else max(len(tokens) - 1 for _, tokens in self.context.continuations)
+
 
 def _alone(context: _Context) -> _Asked:
     if len(context.continuations) > 1:
@@ -232,22 +231,46 @@ def _alone(context: _Context) -> _Asked:
 
 
 def _batches(asked: list[_Asked], tokens: int) -> Iterator[list[_Asked]]:
-    """Of similar length, the longest first; at least one each."""
+    """Of similar length, at least one each, so that with padding they take at most so many tokens."""
+
+    def order(one: _Asked) -> tuple[Any, ...]:
+        # Those with and without a second pass apart, or the few that need one would make it for all. The second pass
+        # pads all continuations to the longest: they are sorted by their own length first, in steps of a third.
+        return one.tail is None, -round(math.log(1 + one.width) / math.log(4 / 3)), -len(one.prefix), one.prefix
+
     batch: list[_Asked] = []
-    width = cost = 0
-    # Those with and without a second pass apart, or the few that need one would make it for all.
-    for one in sorted(asked, key=lambda a: (a.tail is None, -len(a.prefix), a.prefix)):
-        extra = max(one.context.cost - len(one.context.tokens), 0) if one.tail is None else 0
-        fits = batch and (batch[0].tail is None) == (one.tail is None)
-        if batch and not (fits and (len(batch) + 1) * width + cost + extra <= tokens):
+    size = _Size()
+    for one in sorted(asked, key=order):
+        more = size.with_(one)
+        if batch and ((batch[0].tail is None) != (one.tail is None) or more.tokens > tokens):
             yield batch
-            batch, cost = [], 0
-        if not batch:
-            width = len(one.prefix)
+            batch, more = [], _Size().with_(one)
         batch.append(one)
-        cost += extra
+        size = more
     if batch:
         yield batch
+
+
+class _Size(NamedTuple):
+    """Of a batch: contexts, their longest, the continuations of a second pass, and their longest."""
+
+    contexts: int = 0
+    prefix: int = 0
+    continuations: int = 0
+    width: int = 0
+
+    def with_(self, one: _Asked) -> "_Size":
+        return _Size(
+            self.contexts + 1,
+            max(self.prefix, len(one.prefix)),
+            self.continuations + (len(one.context.continuations) if one.width else 0),
+            max(self.width, one.width),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """What is held: the contexts, and for each continuation a copy of its context and its own tokens."""
+        return self.contexts * self.prefix + self.continuations * (self.prefix + self.width)
 
 
 def _padded(rows: list[list[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
