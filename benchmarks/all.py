@@ -27,6 +27,7 @@ CPU: dict[str, tuple[str, float]] = {
     "long_context": ("long_context --official", 15),
     "sweep": ("sweep", 90),
     "evaluation": ("evaluation", 40),
+    "serial_jobs": ("serial_jobs", 40),
 }
 _T = (1024, 4096, 16384)
 _OP_SHAPES = ",".join(f"{t}x{v}x{d}" for v, d in ((151_936, 896), (49_152, 576)) for t in _T)

@@ -13,11 +13,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import common, data, evaluation, goals, linear_kl, long_context, step, sweep
+from benchmarks import common, data, evaluation, goals, linear_kl, long_context, serial_jobs, step, sweep
 from benchmarks.common import Column, Row
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = (DOCS / "speed.md", DOCS / "evaluation.md")
+PAGES = (DOCS / "speed.md", DOCS / "evaluation.md", DOCS / "sweeps.md")
 COLUMNS: dict[str, Sequence[Column]] = {
     "linear_kl": linear_kl.COLUMNS,
     "step": step.COLUMNS,
@@ -25,6 +25,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "sweep": sweep.COLUMNS,
     "long_context": long_context.COLUMNS,
     "evaluation": evaluation.COLUMNS,
+    "serial_jobs": serial_jobs.COLUMNS,
 }
 _MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from selfaug import processor
 from selfaug.errors import UserError
+from selfaug.run import launchers
 from selfaug.run.identity import register_resolvers
 
 
@@ -31,6 +32,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     A mistake of the user's ends in one sentence on stderr and exit status 1.
     """
     register_resolvers()
+    launchers.register()
     quieten()
     arguments = [re.sub(r"^\+(experiment=)", r"\1", argument) for argument in sys.argv[1:]]
     sys.argv[1:] = flags_first(arguments)
@@ -102,9 +104,20 @@ def sentence(error: BaseException) -> str | None:
         return _hydra_sentence(error)
     if isinstance(error, OSError):
         return _system_sentence(error)
+    if isinstance(error, RuntimeError) and (missing := _MISSING_LAUNCHER.search(str(error))):
+        return f"This hydra/launcher needs a package that is missing: pip install 'selfaug[{missing[1]}]'."
+    if type(error).__name__ in _KILLED and type(error).__module__.split(".")[0] in ("joblib", "submitit", "ray"):
+        return (
+            "A process of the sweep was killed, perhaps for want of memory: the same command does what is missing, and "
+            "fewer jobs at once (hydra.launcher.n_jobs, hydra.sweeper.max_batch_size) need less."
+        )
     # Libraries written in Rust (safetensors, tokenizers) hide the system's error in their text.
     hidden = re.search(r"\(os error (\d+)\)", str(error))
     return _system_sentence(OSError(int(hidden[1]), str(error))) if hidden else None
+
+
+_KILLED = ("TerminatedWorkerError", "UncompletedJobError", "WorkerCrashedError", "OutOfMemoryError")
+_MISSING_LAUNCHER = re.compile(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher\.")
 
 
 def _system_sentence(error: OSError) -> str | None:

@@ -42,6 +42,7 @@ def evaluate(config: DictConfig, directory: str) -> Any:
     from selfaug.reporting.results import write_results
     from selfaug.run import build
     from selfaug.run.identity import RunDirectory, config_hash
+    from selfaug.run.loggers import log_results, run_loggers
     from selfaug.run.score import as_results, asks, check, measure
     from selfaug.run.targets import load_models
 
@@ -52,17 +53,21 @@ def evaluate(config: DictConfig, directory: str) -> Any:
     name, identity = config.run_name, config_hash(config)
     said = HydraConfig.get()
     chosen = [one.partition("=")[0] for one in said.overrides.task if re.fullmatch(r"(model|data|trainer)=\w+", one)]
+    asked = config  # whose hash names the run
     config = with_settings_of_run(config, chosen, said.overrides.task)
     check(config)
     if not asks(config):
         raise UserError("evaluation=none measures nothing: set evaluation to quick, standard or full.")
-    started = time.perf_counter()
-    models = load_models(config)
-    data = build.data(config) if config.evaluation.get("rag") else None
-    results = as_results(config, measure(config, models, data, run.evaluation), data)
-    results.time["evaluate_s"] = results.time["total_s"] = time.perf_counter() - started
-    results.name, results.config_hash = name, identity  # the directory's, not those of the settings taken over
-    write_results(run.results, results)
+    # First, so that a logger that cannot be had is not noticed only after an hour.
+    with run_loggers(asked, run.path, training=False, job_type="evaluate") as loggers:
+        started = time.perf_counter()
+        models = load_models(config)
+        data = build.data(config) if config.evaluation.get("rag") else None
+        results = as_results(config, measure(config, models, data, run.evaluation), data)
+        results.time["evaluate_s"] = results.time["total_s"] = time.perf_counter() - started
+        results.name, results.config_hash = name, identity  # the directory's, not those of the settings taken over
+        write_results(run.results, results)
+        log_results(loggers, results)
     return results
 
 

@@ -1,7 +1,10 @@
-"""Show the results of runs side by side.
+"""Show the results of runs side by side, and write a report about them.
 
-Run as: python -m selfaug.report RUN_DIRECTORY ...          any folders that hold results.json, at any depth
-        python -m selfaug.report --markdown runs            the same table as Markdown
+Run as: python -m selfaug.report RUNS ...              run directories, folders of them, or sweeps (runs/sweeps/NAME)
+        python -m selfaug.report runs --out report     table.md, table.tex, plots and report.html go there
+        python -m selfaug.report --markdown runs       print the table as Markdown
+
+Without --out a sweep's report goes into the sweep's directory, any other into ./report.
 """
 
 import argparse
@@ -11,37 +14,39 @@ from pathlib import Path
 from selfaug.errors import UserError
 
 
-def find_results(places: list[str]) -> list[Path]:
-    """Every results.json at or below the places, each once, in order. Raises UserError where there is none."""
-    found: list[Path] = []
-    for place in places:
-        path = Path(place)
-        here = [path] if path.is_file() else sorted(path.rglob("results.json"))
-        if not here:
-            raise UserError(f"{place} holds no results.json: give a run directory, or a folder of them.")
-        found += [file for file in here if file not in found]
-    return found
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m selfaug.report", description="Show the results of runs side by side.")
-    parser.add_argument("places", nargs="+", metavar="RUN", help="run directories, or folders that hold some")
+    parser = argparse.ArgumentParser(
+        "python -m selfaug.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("places", nargs="+", metavar="RUNS", help="run directories, folders of them, or sweeps")
+    parser.add_argument("--out", type=Path, help="folder for the report; default: a sweep's directory, else ./report")
+    parser.add_argument("--title", help="of the report; default: the sweep's name")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     options = parser.parse_args(arguments)
-    from selfaug.reporting.results import read_results
+    # Here and not above, so that --help answers at once.
+    from selfaug.reporting.places import read_places
     from selfaug.reporting.table import as_markdown, comparison_table, console, results_table, samples_panel
+    from selfaug.reporting.write import write_report
 
     try:
-        results = [read_results(path) for path in find_results(options.places)]
+        found = read_places(options.places)
+        results = found.results
+        if options.markdown:
+            print(as_markdown(results))
+        elif len(results) == 1:
+            for part in (results_table(results[0]), samples_panel(results[0])):
+                if part is not None:
+                    console().print(part)
+        elif results:
+            console().print(comparison_table(results))
+        for job in found.failed:
+            print(f"selfaug: {job.name} failed: {job.error}", file=sys.stderr)
+        report = write_report(found, options.out or found.sweep or Path("report"), options.title)
     except UserError as error:
         sys.exit(f"selfaug: {error}")
-    if options.markdown:
-        print(as_markdown(results))
-    elif len(results) == 1:
-        console().print(results_table(results[0]))
-        console().print(samples_panel(results[0]))
-    else:
-        console().print(comparison_table(results))
+    except OSError as error:
+        sys.exit(f"selfaug: {error.filename}: {error.strerror}, so set --out to a folder that can be written to.")
+    print(f"Report: {report.page}", file=sys.stderr if options.markdown else sys.stdout)
 
 
 if __name__ == "__main__":

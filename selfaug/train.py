@@ -26,17 +26,25 @@ log = logging.getLogger(__name__)
 def train(config: DictConfig, directory: str) -> Any:
     """One run, from whatever point it has reached to its results. Returns selfaug.reporting.results.Results."""
     # Here and not above, so that --help and --cfg answer at once.
+    from selfaug.run import build
+    from selfaug.run.score import check
+
+    cli.quieten()  # Lightning sets its log level when it is imported
+    build.check(config)
+    check(config)
+    run = RunDirectory(directory)
+    with run.alone():
+        return _train(config, run)
+
+
+def _train(config: DictConfig, run: RunDirectory) -> Any:
     from selfaug.reporting.results import read_results, write_results
     from selfaug.run import build
     from selfaug.run.fit import fit
     from selfaug.run.launch import inside_launcher, launch_workers
     from selfaug.run.loggers import log_results, run_loggers
-    from selfaug.run.score import check, score
+    from selfaug.run.score import score
 
-    cli.quieten()  # Lightning sets its log level when it is imported
-    run = RunDirectory(directory)
-    build.check(config)
-    check(config)
     if config.force:
         for leftover in (run.adapter, run.checkpoints, run.evaluation):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = (".py", ".yaml", ".html", ".css", ".js")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_whole_package_and_nothing_else(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if not name.partition("/")[0].endswith(".dist-info")}
-    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "selfaug").rglob("*") if p.suffix in (".py", ".yaml")}
+    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "selfaug").rglob("*") if p.suffix in SHIPPED}
+    wanted |= {"hydra_plugins/selfaug_optuna.py"}
     assert inside == wanted
     assert sum(name.endswith(".yaml") for name in inside) >= 30
 

@@ -61,6 +61,10 @@ class Results:
     """Of each benchmark the settings, template, versions and seconds; the items are in the run's evaluation folder"""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """[{id, question, documents?, answers, base, tuned}]"""
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    """metric of metrics.csv -> [[step, value], ...]; see reporting/curves.py"""
+    token_kl: dict[str, Any] = field(default_factory=dict)
+    """One example of the test split, token by token; see evaluation/token_kl.py"""
     status: str = "finished"
     schema_version: int = SCHEMA_VERSION
 
@@ -71,7 +75,7 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
     content = {key.name: _json_value(getattr(results, key.name), key.name) for key in dataclasses.fields(results)}
     content["config"] = mask_secrets(content["config"])
     # Before any file is touched, so that a value that is not JSON leaves the old file alone.
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _text(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory: os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -87,11 +91,28 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
         raise
 
 
+# Long lists of small numbers: a line each, or the file would be mostly line breaks.
+_ON_ONE_LINE = frozenset({"curves", "token_kl"})
+
+
+def _text(content: dict[str, Any]) -> str:
+    """The file's JSON."""
+    lines = []
+    for key, value in content.items():
+        indent = None if key in _ON_ONE_LINE else 2
+        written = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).replace("\n", "\n  ")
+        lines.append(f'  "{key}": {written}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def read_results(path: str | os.PathLike[str]) -> Results:
     """Read what `write_results` wrote. Keys that this version does not know are passed over."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # a lone surrogate, which could be written to no terminal and no file
+            content = json.loads(json.dumps(content, ensure_ascii=False).encode("utf-8", "replace"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file, so finish the run that should have written it.") from None
     except OSError as error:

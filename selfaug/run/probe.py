@@ -46,8 +46,8 @@ def measure(
 ) -> Measured:
     """Run `model` on its device, in the mode it is in; its gradients and the random state are left as they were.
 
-    forward_context: what the forward passes run under (autocast). reference: a pass with adapters off comes before
-    the tuned one.
+    forward_context: what the forward passes run under (autocast). reference: a pass with adapters off follows the
+    tuned one.
     """
     decoder = Decoder(model)
     weight = decoder.head.arguments()["weight"]
@@ -61,12 +61,12 @@ def measure(
             mask = torch.ones_like(ids)
             with _meter(model, weight.device) as meter:
                 with forward_context():
+                    states = decoder.hidden(ids, mask, right_padded=True)  # [1, T, d]
+                    held.append(meter.live())
                     if reference:
                         with adapters_off(model):
                             base = decoder.hidden(ids, mask, right_padded=True)
                         del base
-                    states = decoder.hidden(ids, mask, right_padded=True)  # [1, T, d]
-                    held.append(meter.live())
                 states.backward(torch.zeros_like(states))
                 top.append(meter.peak())
             state_bytes = states.shape[-1] * states.element_size()

@@ -21,8 +21,10 @@ from selfaug.evaluation.rag import answer_questions, samples, score_answers
 from selfaug.evaluation.retention.benchmarks import BENCHMARKS, RetentionConfig
 from selfaug.evaluation.retention.suite import Retention, StyleConfig, Suite, base_store, keep_copy, tuned_store
 from selfaug.evaluation.sandbox import check_sandbox
+from selfaug.evaluation.token_kl import token_kl
 from selfaug.model.load import load_adapter, load_tokenizer, locate
 from selfaug.model.reference import adapters_off
+from selfaug.reporting.curves import read_curves
 from selfaug.reporting.results import Metric, Results, code_version, environment
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, config_hash
@@ -53,6 +55,7 @@ class Measured:
     retention: Retention = field(default_factory=Retention)
     samples: list[dict[str, Any]] = field(default_factory=list)
     questions: int = 0
+    token_kl: dict[str, Any] = field(default_factory=dict)
 
 
 def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results:
@@ -73,6 +76,7 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
     results.time = {"fit_s": fitted["seconds"], "evaluate_s": seconds, "total_s": fitted["seconds"] + seconds}
     results.speed = {"train_tokens_per_s": fitted["tokens"] / fitted["seconds"] if fitted["seconds"] else None}
     results.memory = {"peak_bytes": fitted["peak_bytes"]}
+    results.curves = read_curves(run.path / "metrics.csv")
     return results
 
 
@@ -153,6 +157,7 @@ def as_results(config: DictConfig, measured: Measured, data: RagDataModule | Non
         memory={"peak_bytes": None},
         environment=environment(torch.cuda.get_device_name(where) if where.type == "cuda" else None),
         samples=measured.samples,
+        token_kl=measured.token_kl,
     )
 
 
@@ -176,6 +181,8 @@ def _answer(config: DictConfig, models: Models, data: RagDataModule, found: Meas
     found.task = score_answers(rows["answers"], base, tuned, seed=config.seed)
     if tuned is not None:
         found.samples = samples(rows, base, tuned, n=wanted.samples, seed=config.seed)
+    if models.shared:
+        found.token_kl = token_kl(models.base, data.tokenizer, rows[0])
 
 
 def chat_settings(config: DictConfig) -> dict[str, Any]:

@@ -17,11 +17,14 @@ from selfaug.files import write_json, write_text
 log = logging.getLogger(__name__)
 
 SWEEP_VARIABLE = "SELFAUG_SWEEP"  # name of the sweep: the group of its runs in W&B
-_DIRECTORY_VARIABLE = "SELFAUG_SWEEP_DIR"  # where its jobs leave their records; jobs may be other processes
+_DIRECTORY_VARIABLE = "SELFAUG_SWEEP_DIR"  # where its jobs leave their records
 
 
 class SweepSummary(Callback):
     """Hydra callback, set in train.yaml. The same sweep command has the same name and directory."""
+
+    def __init__(self) -> None:
+        self.variables: dict[str, str] = {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         task = list(config.hydra.overrides.task)
@@ -30,28 +33,47 @@ class SweepSummary(Callback):
         directory = Path(config.hydra.sweep.dir) / "sweeps" / name
         shutil.rmtree(directory / "jobs", ignore_errors=True)
         (directory / "jobs").mkdir(parents=True)
-        os.environ[SWEEP_VARIABLE], os.environ[_DIRECTORY_VARIABLE] = name, str(directory)
+        self.variables = {SWEEP_VARIABLE: name, _DIRECTORY_VARIABLE: str(directory.absolute())}
+        os.environ.update(self.variables)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        # Launchers take the callbacks along to other processes and nodes, but not every one takes the environment.
+        os.environ.update(self.variables)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        directory = Path(os.environ.pop(_DIRECTORY_VARIABLE))
-        os.environ.pop(SWEEP_VARIABLE)
-        if not summarise(directory):
+        directory = sweep_directory()
+        for name in self.variables:
+            del os.environ[name]
+        whole = summarise(directory)
+        if (directory / "front.md").is_file():  # of a search
+            print((directory / "front.md").read_text())
+        if not whole:
             sys.exit(1)
 
 
-def record_job(run_directory: str, name: str, number: int, error: str | None = None) -> None:
-    """Called by each job when it ends; `number` is its place in the sweep."""
-    directory = Path(os.environ[_DIRECTORY_VARIABLE])
+def sweep_directory() -> Path:
+    """The directory of the sweep that is running: SWEEPS/sweeps/NAME."""
+    return Path(os.environ[_DIRECTORY_VARIABLE])
+
+
+def record_job(directory: str, name: str, number: int, error: str | None = None) -> None:
+    """Called by each job when it ends: its run directory, and `number`, its place in the sweep."""
     write_json(
-        directory / "jobs" / f"{name}.json",
-        {"number": number, "name": name, "directory": str(run_directory), "error": error},
+        sweep_directory() / "jobs" / f"{name}.json",
+        {"number": number, "name": name, "directory": str(directory), "error": error},
     )
 
 
+def read_job(name: str) -> dict[str, Any]:
+    """What record_job has written of the run `name`."""
+    return json.loads((sweep_directory() / "jobs" / f"{name}.json").read_text())
+
+
 def summarise(directory: Path) -> bool:
-    """Print the sweep's table and write it to table.md; False where a job failed."""
+    """Print the sweep's table and write it to table.md, and the report; False where a job failed."""
     from selfaug.reporting.results import read_results
     from selfaug.reporting.table import as_markdown, comparison_table, console
+    from selfaug.reporting.write import write_sweep_report
 
     jobs = [json.loads(path.read_text()) for path in (directory / "jobs").glob("*.json")]
     jobs.sort(key=lambda job: job["number"])
@@ -62,6 +84,11 @@ def summarise(directory: Path) -> bool:
         page.print(comparison_table(results))
         write_text(directory / "table.md", as_markdown(results))
         page.print(f"Table: {directory / 'table.md'}", soft_wrap=True, highlight=False)
+    try:
+        if jobs:
+            page.print(f"Report: {write_sweep_report(directory).page}", soft_wrap=True, highlight=False)
+    except Exception:  # whatever it is, the runs are done and their status is what counts
+        log.exception("the report could not be written; try python -m selfaug.report %s", directory)
     for job in failed:
         print(f"selfaug: {job['name']} failed: {job['error']}", file=sys.stderr)
     return not failed and bool(jobs)

@@ -1,0 +1,198 @@
+"""Many runs as rows: one for each setting, its seeds together, each against plain LoRA.
+
+A row's number is the mean over its seeds. Its difference to plain LoRA is taken seed by seed (both runs of a seed see
+the same examples in the same order), and the paired t-test asks whether the mean of these differences could be 0 for
+other seeds. With one seed there is no such test: the difference then has the interval of two independent samples of
+items, wider than need be because the items are the same, and claims nothing about other seeds.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from scipy.special import stdtr
+
+from selfaug.evaluation.statistics import Interval, over_seeds_and_items, t_interval
+from selfaug.reporting.cells import clean
+from selfaug.reporting.labels import baseline_key, is_plain, row_key, row_labels
+from selfaug.reporting.measures import Measure, main_drift, main_retention, main_task, measures
+from selfaug.reporting.results import Results
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(eq=False)
+class Row:
+    """The runs that differ only by the seed. runs: the finished ones by seed; members: all, as places in the list."""
+
+    label: str
+    plain: bool
+    members: list[int]
+    runs: dict[int, Results]
+    baseline: "Row | None" = None
+
+    def value(self, measure: Measure) -> Interval | None:
+        """The mean over the seeds; of one seed its own number, with its interval over the items."""
+        values = [measure.tuned(run) for run in self.runs.values()]
+        return values[0] if len(values) == 1 else over_seeds(values, measure.same_items)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One row minus another. paired: by `seeds` seeds, with the p of a paired t-test and the mean in standard errors
+    (None where all differences are the same); otherwise there is only an interval."""
+
+    interval: Interval
+    paired: bool
+    seeds: int
+    p: float | None = None
+    standard_errors: float | None = None
+
+    @property
+    def telling(self) -> bool:
+        """Whether 5% separate it from 0: by the test, or, without one, by an interval that leaves 0 out."""
+        if self.paired:
+            return self.p is not None and self.p < SIGNIFICANT
+        return not (self.interval.low <= 0 <= self.interval.high) and not math.isnan(self.interval.low)
+
+
+def rows_of(results: Sequence[Results]) -> list[Row]:
+    """The rows in the order in which their first runs stand."""
+    labels = row_labels([run.config for run in results])
+    found: dict[str, Row] = {}
+    for index, run in enumerate(results):
+        key = row_key(run.config) + str(is_plain(run.config))
+        if key not in found:
+            found[key] = Row(labels[index] or clean(run.name, 40), is_plain(run.config), [], {})
+        found[key].members.append(index)
+        if run.status == "finished":
+            # The same seed twice (a copied directory) is not a second opinion.
+            found[key].runs[run.seed] = run
+    rows = list(found.values())
+    plain = {baseline_key(results[row.members[0]].config): row for row in rows if row.plain and row.runs}
+    for row in rows:
+        if not row.plain:
+            row.baseline = plain.get(baseline_key(results[row.members[0]].config))
+    return rows
+
+
+def over_seeds(intervals: Iterable[Interval | None], same_items: bool) -> Interval | None:
+    """The mean over seeds; None where one of them has no number."""
+    runs = list(intervals)
+    known = [run for run in runs if run is not None and not math.isnan(run.mean)]
+    # A mean over the seeds that happened to have a number would be a mean of something else.
+    if not known or len(known) < len(runs):
+        return None
+    return over_seeds_and_items(known) if same_items else t_interval([run.mean for run in known])
+
+
+def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
+    """row - other; None where one of them has no number."""
+    seeds = [seed for seed in row.runs if seed in other.runs]
+    pairs = [(measure.tuned(row.runs[seed]), measure.tuned(other.runs[seed])) for seed in seeds]
+    deltas = [a.mean - b.mean for a, b in pairs if a is not None and b is not None]
+    deltas = [delta for delta in deltas if not math.isnan(delta)]
+    if len(deltas) > 1:
+        interval = t_interval(deltas)
+        if max(deltas) - min(deltas) <= 1e-12 * max(map(abs, deltas)):  # no spread, so nothing to divide by
+            return Difference(interval, True, len(deltas), 1.0 if interval.mean == 0 else None)
+        error = math.sqrt(sum((d - interval.mean) ** 2 for d in deltas) / (len(deltas) - 1) / len(deltas))
+        t = interval.mean / error
+        return Difference(interval, True, len(deltas), 2 * float(stdtr(len(deltas) - 1, -abs(t))), t)
+    ours, theirs = row.value(measure), other.value(measure)
+    if ours is None or theirs is None or math.isnan(ours.mean - theirs.mean):
+        return None
+    half = math.hypot((ours.high - ours.low) / 2, (theirs.high - theirs.low) / 2)
+    mean = ours.mean - theirs.mean
+    return Difference(Interval(mean, mean - half, mean + half, 1), False, 1)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p values: below 0.05 they stay so although so many were looked at."""
+    adjusted, highest = [0.0] * len(values), 0.0
+    for place, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        highest = max(highest, min(1.0, (len(values) - place) * values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+@dataclass
+class Comparison:
+    """All rows and columns of a report, worked out once. Plain LoRA stands first, as in the papers' tables."""
+
+    results: Sequence[Results]
+    measures: list[Measure] = field(init=False)
+    rows: list[Row] = field(init=False)
+
+    def __post_init__(self) -> None:
+        finished = [run for run in self.results if run.status == "finished"]
+        self.measures = [
+            one for one in measures(self.results) if any(one.tuned(run) is not None for run in finished)
+        ]  # fmt: skip
+        rows = [row for row in rows_of(self.results) if row.runs]
+        self.rows = [row for row in rows if row.plain] + [row for row in rows if not row.plain]
+        self.task, self.retention = main_task(finished, self.measures), main_retention(self.measures)
+        self.drift = main_drift(self.measures)
+
+    @cached_property
+    def values(self) -> list[list[Interval | None]]:
+        """[row][measure]"""
+        return [[row.value(one) for one in self.measures] for row in self.rows]
+
+    @cached_property
+    def differences(self) -> list[list[Difference | None]]:
+        """[row][measure], to plain LoRA; None of plain LoRA itself, and where it was not run."""
+        return [
+            [None if row.baseline is None else difference(row, row.baseline, one) for one in self.measures]
+            for row in self.rows
+        ]
+
+    @cached_property
+    def marks(self) -> list[list[str]]:
+        """[row][measure]: * for p < 0.05, ** where that holds after Holm's correction for the rows of the column."""
+        marks = [[""] * len(self.measures) for _ in self.rows]
+        for column in range(len(self.measures)):
+            tested = [
+                (index, one.p)
+                for index, line in enumerate(self.differences)
+                if (one := line[column]) is not None and one.p is not None
+            ]
+            for (index, p), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
+                marks[index][column] = "**" if adjusted < SIGNIFICANT else "*" if p < SIGNIFICANT else ""
+        return marks
+
+    @cached_property
+    def base(self) -> list[Interval | None] | None:
+        """[measure] of the base model; None where the runs have different ones: no one row could stand for them."""
+        runs = [run for row in self.rows for run in row.runs.values()]
+        seen = {tuple(one.quantity.short(one.base(run)) for one in self.measures) for run in runs}
+        return [one.base(runs[0]) for one in self.measures] if len(seen) == 1 else None
+
+    @cached_property
+    def best(self) -> list[int | None]:
+        """[measure]: the row with the best mean; None where there is nothing to choose from."""
+        found: list[int | None] = []
+        for column, one in enumerate(self.measures):
+            known = {i: v.mean for i, line in enumerate(self.values) if (v := line[column]) and not math.isnan(v.mean)}
+            ranked = sorted(known, key=known.__getitem__, reverse=one.better > 0)
+            found.append(ranked[0] if one.better and len(set(known.values())) > 1 else None)
+        return found
+
+    def value(self, row: int, measure: Measure | None) -> Interval | None:
+        """A row's number; None where it has none."""
+        return None if measure is None else self.values[row][self.measures.index(measure)]
+
+    @cached_property
+    def front(self) -> list[int]:
+        """The rows that no other row beats at both the task and retention (Pareto front)."""
+        points: dict[int, tuple[float, float]] = {}
+        for index in range(len(self.rows)):
+            task, kept = self.value(index, self.task), self.value(index, self.retention)
+            if task is not None and kept is not None and self.task and self.retention:
+                points[index] = (self.task.better * task.mean, self.retention.better * kept.mean)
+        return [i for i, p in points.items() if not any(_beats(q, p) for q in points.values())]
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,149 @@
+"""The columns of every table about many runs: how each number is called, read from a run, and which way is better."""
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from selfaug.evaluation.statistics import Interval
+from selfaug.reporting.cells import Quantity, clean, interval_of
+from selfaug.reporting.results import Results
+
+Read = Callable[[Results], Interval | None]
+
+TASK = {
+    "exact_match": Quantity("Exact match (%)", 100, 1),
+    "f1": Quantity("F1 (%)", 100, 1),
+    "crag_score": Quantity("CRAG score (%)", 100, 1),
+    "correct": Quantity("Correct (%)", 100, 1),
+    "missing": Quantity("Missing (%)", 100, 1),
+    "incorrect": Quantity("Incorrect (%)", 100, 1),
+}
+DRIFT = {
+    "kl_base_tuned": Quantity("KL(base||tuned)"),
+    "kl_tuned_base": Quantity("KL(tuned||base)"),
+    "perplexity": Quantity("Perplexity", 1, 2),
+    "perplexity_ratio": Quantity("Perplexity ratio", 1, 3),
+}
+KEPT = "kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One column."""
+
+    key: str  # task/f1, drift/wikipedia/kl_base_tuned, retention/ifeval, kept, time
+    group: str  # what it stands under in a table with room for two lines of headings
+    short: str  # its heading there
+    header: str  # its heading in a table with one line
+    narrow: list[str]  # the same in lines of a few characters
+    quantity: Quantity
+    tuned: Read
+    base: Read
+    better: int  # 1: more is better; -1: less is; 0: neither
+    # Whether a mean over seeds also carries the uncertainty of the items, which are the same for every seed.
+    same_items: bool = False
+
+
+def measures(results: Sequence[Results]) -> list[Measure]:
+    """What the runs have measured, in the order of the table. The three task scores and the time are always there."""
+    found = [_task("EM", "exact_match"), _task("F1", "f1"), _task("CRAG", "crag_score")]
+    for corpus in dict.fromkeys(corpus for run in results for corpus in run.drift):
+        found.append(_drift(corpus, "kl_base_tuned", ["KL", "base||", "tuned"], 0.0))
+        found.append(_drift(corpus, "kl_tuned_base", ["KL", "tuned||", "base"], 0.0))
+        found.append(_drift(corpus, "perplexity_ratio", ["ppl", "ratio"], 1.0))
+    for benchmark in dict.fromkeys(benchmark for run in results for benchmark in run.retention):
+        found.append(_benchmark(benchmark))
+    if any(run.retention_mean for run in results):
+        found.append(
+            Measure(KEPT, "Benchmarks", "kept (%)", "kept (%)", ["kept", "%"], Quantity("kept", 100, 1),
+                    lambda run: interval_of(run.retention_mean, "retention"), _nothing, 1, same_items=True)
+        )  # fmt: skip
+    seconds = Quantity("time", 1, 0)
+    found.append(Measure("time", "Cost", "time (s)", "time (s)", ["time", "s"], seconds, _seconds, _nothing, -1))
+    return found
+
+
+def main_task(results: Sequence[Results], found: Sequence[Measure]) -> Measure | None:
+    """The task score that plots and headlines speak of: CRAG's own for CRAG, else F1, which sees half a right answer;
+    None where no run has it."""
+    crag = any(str((run.config.get("data") or {}).get("name", "")).startswith("crag") for run in results)
+    for key in ("task/crag_score", "task/f1") if crag else ("task/f1", "task/exact_match", "task/crag_score"):
+        chosen = next((one for one in found if one.key == key), None)
+        if chosen is not None and any(chosen.tuned(run) is not None for run in results):
+            return chosen
+    return None
+
+
+def main_drift(found: Sequence[Measure]) -> Measure | None:
+    """KL(base||tuned) on dialogues, where there are some: forgetting shows there first; else on the first corpus."""
+    drifts = [one for one in found if one.key.startswith("drift/") and one.key.endswith("/kl_base_tuned")]
+    return next((one for one in drifts if one.key.split("/")[1] == "dialogues"), drifts[0] if drifts else None)
+
+
+def main_retention(found: Sequence[Measure]) -> Measure | None:
+    """The mean share of benchmark scores that was kept; where no benchmark was measured, drift."""
+    return next((one for one in found if one.key == KEPT), None) or main_drift(found)
+
+
+def _nothing(run: Results) -> Interval | None:
+    return None
+
+
+def _task(header: str, name: str) -> Measure:
+    def read(part: str) -> Read:
+        return lambda run: interval_of(run.task.get(name), part)
+
+    title = f"{header} (%)"
+    return Measure(
+        f"task/{name}", "Task", title, title, [header, "%"], TASK[name], read("tuned"), read("base"), better=1
+    )
+
+
+def _drift(corpus: str, name: str, lines: list[str], base: float) -> Measure:
+    read = _perplexity_ratio if name == "perplexity_ratio" else _kl
+    # A model does not drift from itself, by definition: no interval.
+    constant = Interval(base, math.nan, math.nan, 1)
+    title, label = clean(corpus, 28), DRIFT[name].label
+    return Measure(
+        f"drift/{corpus}/{name}", f"Drift: {title}", label, f"{title} {label}", [*textwrap.wrap(title, 7), *lines],
+        DRIFT[name], lambda run: read(run, corpus, name), lambda run: constant if corpus in run.drift else None, -1,
+    )  # fmt: skip
+
+
+def _benchmark(name: str) -> Measure:
+    """Its main metric, the one that counts for the mean."""
+
+    def read(part: str) -> Read:
+        def of(run: Results) -> Interval | None:
+            main = next((metric for metric in run.retention.get(name, {}).values() if metric.get("main")), None)
+            return interval_of(main, part)
+
+        return of
+
+    title = clean(name, 28)
+    lines = [*textwrap.wrap(title.replace("_", " "), 7), "%"]
+    return Measure(
+        f"retention/{name}", "Benchmarks", f"{title} (%)", f"{title} (%)", lines, Quantity(title, 100, 1),
+        read("tuned"), read("base"), 1, same_items=True,
+    )  # fmt: skip
+
+
+def _kl(run: Results, corpus: str, name: str) -> Interval | None:
+    return interval_of(run.drift.get(corpus, {}).get(name), "tuned")
+
+
+def _perplexity_ratio(run: Results, corpus: str, name: str) -> Interval | None:
+    """As measured, with its paired interval; else from the two perplexities, which gives no interval."""
+    metrics = run.drift.get(corpus, {})
+    if (measured := interval_of(metrics.get(name), "tuned")) is not None:
+        return measured
+    base, tuned = (interval_of(metrics.get("perplexity"), part) for part in ("base", "tuned"))
+    if base is None or tuned is None or not base.mean:
+        return None
+    return Interval(tuned.mean / base.mean, math.nan, math.nan, tuned.n)
+
+
+def _seconds(run: Results) -> Interval | None:
+    seconds = run.time.get("total_s")
+    return None if seconds is None else Interval(seconds, math.nan, math.nan, 1)

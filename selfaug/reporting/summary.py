@@ -1,0 +1,153 @@
+"""What the numbers say in words, and how they were got: the sentences of the report."""
+
+from collections.abc import Sequence
+
+from selfaug.evaluation.statistics import Interval
+from selfaug.reporting.compare import Comparison, Difference, difference
+from selfaug.reporting.measures import KEPT, Measure
+
+_NAMED = 4  # rows that a sentence names before it counts the rest
+
+
+def headline(found: Comparison) -> str:
+    """The result in one sentence. A row is called better than plain LoRA only where the test says so."""
+    if not found.rows:
+        return "No run has finished."
+    task, kept = found.task, found.retention
+    if len(found.rows) == 1:
+        (row,) = found.rows
+        parts = [f"scores {_number(found, 0, task)} at the task"] if task and found.value(0, task) else []
+        parts += [_kept(found, 0)] if kept and found.value(0, kept) else []
+        return f"{row.label} {' and '.join(parts)}." if parts else f"{row.label} finished; nothing was measured."
+    kinds = (
+        (task, "answers best", "answers demonstrably better than"),
+        (kept, "forgets least", "forgets demonstrably less than"),
+    )
+    parts = []
+    for measure, best_is, better_than in kinds:
+        best = _best(found, measure)
+        if measure is None or best is None:
+            continue
+        value = _number(found, best, measure) if measure is task else _kept(found, best)
+        gain = _gain(found, best, measure)
+        if found.rows[best].plain:
+            parts.append(f"no row {better_than} plain LoRA ({value})")
+        elif gain is None or gain.telling:
+            over = (
+                "" if gain is None else f", {measure.quantity.number(gain.interval.mean, sign=True)} against plain LoRA"
+            )
+            parts.append(f"{found.rows[best].label} {best_is} ({value}{over})")
+        else:
+            parts.append(f"no row {better_than} plain LoRA (best: {found.rows[best].label}, {value})")
+    if not parts:
+        return f"{len(found.rows)} settings were run; nothing was measured that could be compared."
+    text = "; ".join(parts)
+    # Names of settings stay as they are written.
+    return f"{text[0].upper() if text.startswith('no row') else text[0]}{text[1:]}."
+
+
+def findings(found: Comparison) -> list[str]:
+    """What follows the headline: the best against plain LoRA, and what cannot be told apart from it."""
+    sentences = []
+    for measure, name in ((found.task, "At the task"), (found.retention, _what_is_kept(found))):
+        best = _best(found, measure)
+        if measure is None or best is None:
+            continue
+        label, gain = found.rows[best].label, _gain(found, best, measure)
+        if gain is not None:
+            verb = "beats" if gain.telling else "is not told apart from"
+            sentences.append(f"{name}, {label} {verb} plain LoRA: {said(measure, gain)}.")
+        others = [
+            (row, difference(found.rows[best], row, measure)) for row in found.rows if row is not found.rows[best]
+        ]
+        # What has been said of plain LoRA already is not said twice.
+        alike = [row.label for row, gap in others if not (gap and gap.telling) and not (gain and row.plain)]
+        if alike:
+            sentences.append(f"{name}, {label} cannot be told apart from {_listed(alike)}.")
+        elif len(others) > 1 or gain is None:
+            sentences.append(f"{name}, {label} is told apart from every other row.")
+    if len(found.rows) > 1 and max(len(row.runs) for row in found.rows) == 1:
+        sentences.append("Every row is one seed, so nothing here speaks about other seeds: train with three or more.")
+    return sentences
+
+
+def said(measure: Measure, gap: Difference) -> str:
+    """`F1 +3.4 [+1.0,+5.8] points, 4.1 standard errors, p = 0.014`"""
+    text = _with_unit(measure, measure.quantity.cell(gap.interval, sign=True), "points")
+    if gap.standard_errors is not None:
+        text += f", {abs(gap.standard_errors):.1f} standard errors"
+    if gap.p is not None:
+        text += f", p {p_value(gap.p)}"
+    return text
+
+
+def p_value(p: float) -> str:
+    """`= 0.014` or `< 0.001`"""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+
+def seeds_of(found: Comparison) -> str:
+    """`3 seeds`, `1 to 3 seeds`"""
+    counts = sorted({len(row.runs) for row in found.rows})
+    if not counts:
+        return "no seeds"
+    many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{many} seed{'' if counts[-1] == 1 else 's'}"
+
+
+NOTES: Sequence[str] = (
+    "A row is one setting; runs that differ only by the seed are its seeds. ± is half of a 95% interval: Student's t "
+    "over the seeds; for general benchmarks, whose items are the same in every run, the half width over the items is "
+    "added in squares. A row of one seed has the bootstrap interval over its questions, documents or items.",
+    "Plain LoRA is NLL alone: method=lora, alignment=none, or alpha 0, which trains the same weights bit for bit. Each "
+    "row is compared with the plain LoRA row whose other settings are the same.",
+    "The difference to plain LoRA is taken seed by seed, with Student's 95% interval over the seeds. * p < 0.05 in a "
+    "two-sided paired t-test over the seeds; ** still below 0.05 after Holm's correction for the rows of the column. "
+    "With three seeds the test has two degrees of freedom: it finds large effects only, and no star is no proof of "
+    "none. Values of single items are not in results.json, so the test does not use them.",
+    "With one seed the difference has the interval of two independent samples of items, carries no star, and says "
+    "nothing about other seeds.",
+    "kept: tuned / base, averaged over the benchmarks on which the base model is above chance. KL in nats per token, "
+    "on held-out text that no run trained on.",
+    "Pareto front: the rows that no other row beats at both task and retention, by their means.",
+)  # fmt: skip
+
+
+def _best(found: Comparison, measure: Measure | None) -> int | None:
+    return None if measure is None else found.best[found.measures.index(measure)]
+
+
+def _gain(found: Comparison, row: int, measure: Measure) -> Difference | None:
+    return found.differences[row][found.measures.index(measure)]
+
+
+def _number(found: Comparison, row: int, measure: Measure | None) -> str:
+    assert measure is not None
+    return _with_unit(measure, measure.quantity.short(found.value(row, measure)))
+
+
+def _with_unit(measure: Measure, text: str, unit: str = "%") -> str:
+    """`F1 (%)` and `41.2 ±2.1` as `F1 41.2 ±2.1 %`."""
+    name = measure.header.removesuffix(" (%)")
+    return f"{name} {text} {unit}" if name != measure.header else f"{name} {text}"
+
+
+def _kept(found: Comparison, row: int) -> str:
+    """`kept 97.1 ±0.8 % of ...`, or how far it drifted where no benchmark was measured."""
+    measure = found.retention
+    assert measure is not None
+    value: Interval | None = found.value(row, measure)
+    if measure.key == KEPT:
+        return f"kept {measure.quantity.short(value)} % of the base model's benchmark scores"
+    return f"drifted by {_with_unit(measure, measure.quantity.short(value))}"
+
+
+def _what_is_kept(found: Comparison) -> str:
+    return "At retention" if found.retention is not None and found.retention.key == KEPT else "In drift"
+
+
+def _listed(names: Sequence[str]) -> str:
+    comma = "; " if any(", " in name for name in names) else ", "
+    if len(names) > _NAMED + 1:
+        return comma.join(names[:_NAMED]) + f" and {len(names) - _NAMED} more"
+    return names[0] if len(names) == 1 else comma.join(names[:-1]) + f" and {names[-1]}"

@@ -1,0 +1,207 @@
+"""Rows, means, differences, tests and the Pareto front against independent computations."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.report import made_up
+from selfaug.reporting.compare import Comparison, difference, holm, rows_of
+from selfaug.reporting.correlation import rank_correlation, within_runs
+from selfaug.reporting.results import Results
+
+SEEDS = (1, 2, 3)
+
+
+def sweep(*positions: str, seeds: tuple[int, ...] = SEEDS) -> list[Results]:
+    runs = [made_up(plain=True, seed=seed) for seed in seeds]
+    return runs + [made_up(position, seed=seed) for position in positions for seed in seeds]
+
+
+def values(runs: list[Results], name: str = "f1") -> list[float]:
+    return [run.task[name]["tuned"]["mean"] for run in runs]
+
+
+def column(found: Comparison, key: str) -> int:
+    return next(index for index, one in enumerate(found.measures) if one.key == key)
+
+
+def test_means_and_paired_differences():
+    runs = sweep("input_logits", "output_logits")
+    random.Random(0).shuffle(runs)  # pairs are found by seed, not by order
+    found = Comparison(runs)
+    assert found.rows[0].label == "plain LoRA"
+    f1 = column(found, "task/f1")
+    plain = values([made_up(plain=True, seed=seed) for seed in SEEDS])
+    for index, row in enumerate(found.rows[1:], 1):
+        ours = values([made_up(row.label.partition("=")[2], seed=seed) for seed in SEEDS])
+        low, high = stats.t.interval(0.95, 2, np.mean(ours), stats.sem(ours))
+        mean = found.values[index][f1]
+        assert mean is not None
+        assert (mean.mean, mean.low, mean.high, mean.n) == pytest.approx((np.mean(ours), low, high, 3))
+        test = stats.ttest_rel(ours, plain)
+        gap = found.differences[index][f1]
+        assert gap is not None
+        assert gap.paired
+        assert gap.seeds == 3
+        assert gap.p == pytest.approx(test.pvalue)
+        assert gap.standard_errors == pytest.approx(test.statistic)
+        interval = test.confidence_interval(0.95)
+        assert (gap.interval.low, gap.interval.high) == pytest.approx((interval.low, interval.high))
+        assert gap.telling == (test.pvalue < 0.05)
+    assert found.differences[0] == [None] * len(found.measures)
+
+
+def test_means_of_benchmarks_carry_the_uncertainty_of_their_items():
+    found = Comparison(sweep("input_logits"))
+    kept = found.values[1][column(found, "kept")]
+    ours = [made_up("input_logits", seed=seed).retention_mean["retention"]["mean"] for seed in SEEDS]
+    half = math.hypot(stats.t.ppf(0.975, 2) * stats.sem(ours), 0.05)
+    assert kept is not None
+    assert (kept.mean, kept.high - kept.low) == pytest.approx((np.mean(ours), 2 * half))
+
+
+def test_one_seed_makes_no_claim():
+    found = Comparison(sweep("input_logits", seeds=(1,)))
+    gap = found.differences[1][column(found, "task/f1")]
+    assert gap is not None
+    assert not gap.paired
+    assert gap.p is None
+    assert gap.interval.high - gap.interval.low == pytest.approx(2 * math.hypot(0.04, 0.04))
+    assert set(itertools.chain(*found.marks)) == {""}
+
+
+def test_only_seeds_that_both_have_are_paired():
+    runs = [made_up(plain=True, seed=seed) for seed in (1, 2, 3)] + [made_up(seed=seed) for seed in (2, 3, 4)]
+    gap = Comparison(runs).differences[1][1]
+    ours, plain = ([made_up(plain=plain, seed=seed) for seed in (2, 3)] for plain in (False, True))
+    test = stats.ttest_rel(values(ours), values(plain))
+    assert gap is not None
+    assert (gap.seeds, gap.p) == (2, pytest.approx(test.pvalue))
+
+
+def test_equal_differences_have_no_test():
+    rows = rows_of(sweep("input_logits"))
+    f1 = Comparison(sweep("input_logits")).measures[1]
+    same = difference(rows[0], rows[0], f1)
+    assert same is not None
+    assert (same.p, same.standard_errors, same.telling) == (1.0, None, False)
+    shifted = {seed: made_up(plain=True, seed=seed, gain=0.25) for seed in SEEDS}
+    rows[1].runs = shifted
+    constant = difference(rows[1], rows[0], f1)
+    assert constant is not None
+    assert constant.p is None
+    assert not constant.telling
+
+
+def test_failed_and_doubled_runs_do_not_count():
+    runs = sweep("input_logits")
+    twice = [*runs, made_up("input_logits", seed=1), made_up("input_logits", seed=9, status="failed", task={})]
+    row = rows_of(twice)[1]
+    assert sorted(row.runs) == [1, 2, 3]
+    assert len(row.members) == 5
+    assert Comparison(twice).values == Comparison(runs).values
+
+
+def test_a_row_without_all_seeds_has_no_mean():
+    runs = sweep("input_logits")
+    runs[-1].retention_mean = {}
+    found = Comparison(runs)
+    assert found.values[1][column(found, "kept")] is None
+    assert found.value(1, found.task) is not None
+
+
+def test_no_baseline_of_other_settings():
+    other = made_up("input_logits", seed=1)
+    other.config["adapter"]["r"] = 64
+    found = Comparison([made_up(plain=True, seed=1), other])
+    assert [row.baseline for row in found.rows] == [None, None]
+
+
+def test_different_base_models_have_no_common_row():
+    other = made_up("input_logits")
+    other.task["f1"]["base"]["mean"] = 0.5
+    assert Comparison([made_up(plain=True)]).base is not None
+    assert Comparison([made_up(plain=True), other]).base is None
+
+
+def test_holm_by_its_definition():
+    ps = [0.01, 0.04, 0.03, 0.005]
+    # In order .005 .01 .03 .04 times 4 3 2 1, none smaller than the one before.
+    assert holm(ps) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_marks_are_of_each_column():
+    found = Comparison(sweep("input_logits", "all_logits", "attention_q", "attention_k"))
+    kept = column(found, "kept")
+    ps = [gap.p for line in found.differences[1:] if (gap := line[kept]) is not None and gap.p is not None]
+    assert len(ps) == 4
+    order = sorted(ps)
+    for row, p in enumerate(ps, 1):
+        adjusted = max(min(1, (4 - place) * q) for place, q in enumerate(order) if q <= p)
+        assert found.marks[row][kept] == ("**" if adjusted < 0.05 else "*" if p < 0.05 else "")
+
+
+def test_pareto_front_by_brute_force():
+    found = Comparison(
+        sweep("input_logits", "output_logits", "all_logits", "attention_q", "feed_forward", "all_layers")
+    )
+    points = [(found.value(i, found.task).mean, found.value(i, found.retention).mean) for i in range(len(found.rows))]
+    front = [i for i, (a, b) in enumerate(points) if not any(x >= a and y >= b and (x, y) != (a, b) for x, y in points)]
+    assert found.front == front
+    assert 0 < len(front) < len(points)
+
+
+def test_less_drift_is_better_where_no_benchmark_was_measured():
+    runs = sweep("input_logits", "output_logits")
+    for run in runs:
+        run.retention, run.retention_mean = {}, {}
+    found = Comparison(runs)
+    assert found.retention is not None
+    assert found.retention.key == "drift/dialogues/kl_base_tuned"
+    drifts = [found.value(i, found.retention).mean for i in range(3)]
+    assert int(np.argmin(drifts)) in found.front
+    assert found.best[found.measures.index(found.retention)] == int(np.argmin(drifts))
+
+
+def test_rank_correlation():
+    draw = random.Random(1)
+    x = [draw.random() for _ in range(12)]
+    y = [value + draw.gauss(0, 0.3) for value in x]
+    found = rank_correlation(x, y)
+    r = np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1]
+    half = 1.959964 * math.sqrt((1 + r**2 / 2) / 9)
+    assert found is not None
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)), rel=1e-5
+    )
+    assert rank_correlation(x[:3], y[:3]) is None
+    assert rank_correlation(x, [1.0] * 12) is None
+    perfect = rank_correlation([1, 2, 3, 4], [2, 4, 6, 9])
+    assert perfect is not None
+    assert perfect.mean == 1
+    assert math.isnan(perfect.low)
+
+
+def test_correlation_within_runs_is_over_runs():
+    def with_probes(drift: list[float], score: list[float]) -> Results:
+        steps = range(len(drift))
+        curves = {
+            "probe/drift_a": [[s, drift[s]] for s in steps],
+            "probe/ifeval_prompt_strict": [[s, score[s]] for s in steps],
+        }
+        return made_up(curves=curves)
+
+    scores = ([5, 4, 3, 1, 2], [5, 3, 4, 2, 1], [4, 5, 2, 3, 1])
+    runs = [with_probes([0.0, 0.1, 0.2, 0.3, 0.4], [float(s) for s in one]) for one in scores]
+    z = [math.atanh(stats.spearmanr(range(5), one).statistic) for one in scores]
+    low, high = stats.t.interval(0.95, 2, np.mean(z), stats.sem(z))
+    found = within_runs(runs)
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.n) == pytest.approx((*np.tanh([np.mean(z), low, high]), 3))
+    assert within_runs(runs[:1]) is None

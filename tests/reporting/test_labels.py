@@ -1,0 +1,99 @@
+"""Rows are named by what tells them apart, and plain LoRA is one row however it was asked for."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.report import POSITIONS, made_up
+from selfaug.reporting.labels import PLAIN, alpha_of, baseline_key, is_plain, position_of, row_key, row_labels
+
+
+def config(name: str = "selfaug", term: dict[str, Any] | None = None, **rest: Any) -> dict[str, Any]:
+    terms = {} if term is None else {"kl": term}
+    return {"method": {"name": name, "terms": terms}, "adapter": {"r": 16}, **rest}
+
+
+KL = {"_target_": "selfaug.objective.LogitAlignment", "alpha": 0.5, "position": "input_logits", "mask_target": False}
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        config("lora"),
+        config("selfaug", {"position": "none"}),
+        config("selfaug", KL | {"alpha": 0}),
+        config("selfaug", KL | {"alpha": 0.0, "schedule": None}),
+        config("selfaug", KL | {"alpha": 0, "schedule": {"_target_": "selfaug.objective.schedules.Constant"}}),
+    ],
+)
+def test_plain_lora_however_it_was_asked_for(plain):
+    assert is_plain(plain)
+    assert alpha_of(plain) == 0
+    assert position_of(plain) == "none"
+    assert row_key(plain) == row_key(config("lora"))
+    assert row_labels([plain, config(term=KL)]) == [PLAIN, "selfaug, alpha=0.5"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"method": "x"},
+        config(term=KL),
+        config("lora", KL),
+        config("magpie"),
+        config(term=KL | {"alpha": 0, "schedule": {"_target_": "selfaug.objective.schedules.Linear", "end": 1.0}}),
+        {"method": {"name": "selfaug", "terms": {"a": KL | {"alpha": 0}, "b": KL}}},
+        {"method": {"name": "selfaug", "terms": [KL]}},
+    ],
+)
+def test_everything_else_is_not(other):
+    assert not is_plain(other)
+
+
+def test_a_run_is_compared_with_plain_lora_of_its_own_settings():
+    small, large = config("lora", adapter={"r": 8}), config("lora", adapter={"r": 64})
+    assert baseline_key(config(term=KL, adapter={"r": 8})) == baseline_key(small) != baseline_key(large)
+    assert baseline_key(config(term=KL, seed=3)) == baseline_key(config("lora", seed=1, paths={"runs_dir": "x"}))
+
+
+def test_positions_are_named_by_the_position_alone():
+    hidden = {"_target_": "selfaug.objective.HiddenAlignment", "alpha": 0.5, "tokens": "input", "distance": "mse"}
+    terms = [KL, KL | {"position": "output_logits"}, KL | {"position": "output_logits", "mask_target": True}]
+    terms += [hidden | {"position": "attention_q"}, hidden | {"position": "all_layers"}]
+    assert row_labels([config("lora"), *(config(term=term) for term in terms)]) == [
+        PLAIN,
+        "position=input_logits",
+        "position=output_logits, mask_target=false",
+        "position=output_logits, mask_target=true",
+        "position=attention_q",
+        "position=all_layers",
+    ]
+
+
+def test_grids_name_every_setting_that_differs():
+    grid = [config(term=KL | {"alpha": a}, adapter={"r": r}) for a in (0.1, 1.0) for r in (8, 64)]
+    assert row_labels(grid) == ["alpha=0.1, r=8", "alpha=0.1, r=64", "alpha=1.0, r=8", "alpha=1.0, r=64"]
+    ranks = [config("lora", adapter={"r": 8}), config("lora", adapter={"r": 64}), *grid[:2]]
+    assert row_labels(ranks) == [f"{PLAIN}, r=8", f"{PLAIN}, r=64", "r=8", "r=64"]
+
+
+def test_settings_of_equal_effect_on_the_label_are_told_apart():
+    """Directions by boundary by official: nothing of it is named position or alpha."""
+    terms = [KL | {"divergence": d, "boundary": b} for d in ("kl_base_tuned", "kl_tuned_base") for b in (True, False)]
+    labels = row_labels([config(term=term) for term in terms])
+    assert len(set(labels)) == 4
+    assert all("divergence=" in label and "boundary=" in label and "_target_" not in label for label in labels)
+
+
+def test_labels_of_a_whole_sweep_are_different():
+    runs = [made_up(position, alpha).config for position in POSITIONS for alpha in (0.1, 1.0)]
+    assert len(set(row_labels(runs))) == len(runs)
+    assert row_labels([]) == []
+
+
+def test_several_terms_have_no_one_alpha():
+    two = {"method": {"name": "selfaug", "terms": {"a": KL, "b": KL}}}
+    assert alpha_of(two) is None
+    assert position_of(two) is None
+    assert alpha_of(config(term=KL | {"alpha": "adaptive"})) is None
