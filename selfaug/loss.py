@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder, verify_decoder
 from selfaug.model.reference import Reference
 from selfaug.objective import LogitAlignment, Objective, TokenBatch
@@ -76,6 +77,7 @@ def selfaug_loss(
             output head ...), or a setting out of range.
         ValueError: tensors that do not fit, or share below 1 in training without draw.
     """
+    _check(position)
     if draw is None and share != 1 and torch.is_grad_enabled():
         raise ValueError("share below 1 draws rows by seed and step: give draw=(seed, step)")
     term = LogitAlignment(alpha, position, divergence, boundary, official, rows, share)
@@ -100,6 +102,15 @@ def count_rows(
     official: bool = False,
 ) -> RowCounts:
     """The rows of one micro-batch, to be added up for `selfaug_loss(step_rows=...)`. attention_mask, labels: [B, T]."""
+    _check(position)
     term = LogitAlignment(0.0, position, boundary=boundary, official=official)
     counts = Objective({"kl": term}).count(TokenBatch.from_labels(labels, attention_mask, labels))
     return RowCounts(int(counts[0]), int(counts[1]))
+
+
+def _check(position: Position) -> None:
+    if position in ("document_logits", "question_logits"):
+        raise UserError(
+            f"position={position} needs to know which tokens are documents and which are the question, which labels do "
+            "not say: set position=input_logits, or call selfaug.objective.Objective with a TokenBatch that has roles."
+        )

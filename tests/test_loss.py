@@ -209,6 +209,9 @@ def test_wrong_use_is_refused():
         selfaug_loss(model, ids, mask, labels, alpha=-1)
     with pytest.raises(UserError, match=r"alignment\.position=x"):
         count_rows(mask, labels, position="x")
+    for position in ("document_logits", "question_logits"):  # there would be no row, and a KL of 0
+        with pytest.raises(UserError, match=f"position={position} needs to know"):
+            count_rows(None, torch.zeros(1, 3, dtype=torch.long), position=position)
     with pytest.raises(UserError, match="no adapters"):
         selfaug_loss(tiny_model(), ids, mask, labels)
     selfaug_loss(model, ids, mask, labels)  # a good call: what follows is checked on every call, not on the first alone
