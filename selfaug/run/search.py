@@ -105,7 +105,7 @@ def front(trials: Sequence[dict[str, Any]], best: set[int], names: tuple[str, st
     lines = [f"| trial | settings | {names[0]} | {good} |", "|---:|---|---:|---:|"]
     for trial in shown:
         first, second = trial["values"]
-        lines.append(f"| {trial['number']} | {', '.join(trial['settings'])} | {first:.4f} | {second:.4f} |")
+        lines.append(f"| {trial['number']} | {', '.join(trial['settings'])} | {first:.4g} | {second:.4g} |")
     failed = sum(bool(trial["error"]) for trial in trials)
     return (
         f"The front of {len(trials)} trials: no other one is better in both, by single numbers without their intervals"
