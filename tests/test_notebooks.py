@@ -44,9 +44,9 @@ def execute(tmp_path, monkeypatch):
         assert set(values) <= set(names), "the notebook no longer knows these parameters"
         cell.source += "".join(f"\n{key} = {value!r}" for key, value in values.items())
         (tmp_path / "empty").mkdir(exist_ok=True)
-        NotebookClient(
-            notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "empty")}}
-        ).execute()
+        folder = {"metadata": {"path": str(tmp_path / "empty")}}
+        # The limits are for what hangs: on a busy machine the imports alone may take minutes.
+        NotebookClient(notebook, timeout=600, startup_timeout=300, kernel_name="python3", resources=folder).execute()
         outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
         complaints = [output.text for output in outputs if output.get("name") == "stderr"]
         assert not complaints, complaints

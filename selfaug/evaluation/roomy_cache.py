@@ -42,9 +42,10 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self._views
         return self._views
 
-    def _room(self, old: Tensor, new: Tensor, stop: int) -> Tensor:
+    def _room(self, old: Tensor | None, new: Tensor, stop: int) -> Tensor:
         room = new.new_empty(*new.shape[:-2], stop + ROOM, new.shape[-1])
-        if start := stop - new.shape[-2]:
+        start = stop - new.shape[-2]
+        if start and old is not None:
             room[..., :start, :] = old
         return room
 

@@ -84,7 +84,9 @@ class HiddenAlignment:
         check_alpha(self.alpha, self.schedule)
         _ = self.sampling  # refuses what it does not know
         if self.layers is not None and not (self.layers and all(isinstance(i, int) for i in self.layers)):
-            raise UserError(f"alignment.layers={self.layers} is not allowed: set it to a list of layer numbers, or null.")
+            raise UserError(
+                f"alignment.layers={self.layers} is not allowed: set it to a list of layer numbers, or null."
+            )
 
     @property
     def sampling(self) -> RowSampling:
@@ -108,10 +110,7 @@ class HiddenAlignment:
             return layers
         names = _MODULES[self.position]
         found = [
-            module
-            for layer in layers
-            for name, module in layer.named_modules()
-            if name.rpartition(".")[2] in names
+            module for layer in layers for name, module in layer.named_modules() if name.rpartition(".")[2] in names
         ]
         if len(found) != len(names) * len(layers):
             raise UserError(

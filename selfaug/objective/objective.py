@@ -113,9 +113,9 @@ class Objective:
 
         with ExitStack() as comparing:
             for name, outputs in self._inside.items():
-                term: Any = self.terms[name]
+                hidden: Any = self.terms[name]
                 drawn = None if weights[name] is None else selected[name]
-                comparing.enter_context(outputs.compared(term.compare, drawn, weights[name], alphas[name] != 0))
+                comparing.enter_context(outputs.compared(hidden.compare, drawn, weights[name], alphas[name] != 0))
             tuned = decoder.states(batch, masked=self._masked)  # [B, T, d]
 
         rows = output_rows(batch.roles, batch.last)

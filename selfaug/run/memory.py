@@ -49,8 +49,8 @@ class Costs:
     weights: of the model, frozen. adapters: all that trains, with its gradients and the optimiser's state. head: a
     copy of it in the dtype of the products. logits: buffers of the loss for one row, at most `chunk` for all of them.
     heap: factor from what lives to what it takes (machine.py). layers: of the model. cache: reference states in
-    memory. inside: for one token, what terms on hidden states keep of both models. process: what there is beside the model, on a CPU. recomputes: gradient checkpointing is on. rank: of the
-    adapter.
+    memory. inside: for one token, what terms on hidden states keep of both models. process: what there is beside the
+    model, on a CPU. recomputes: gradient checkpointing is on. rank: of the adapter.
     """
 
     weights: int
@@ -79,9 +79,7 @@ class Costs:
 
     def loss(self, at: Largest) -> int:
         """A chunk of logits, and hidden states: of the base model, the rows chosen from both, and two gradients."""
-        return min(self.logits * at.tokens, self.chunk) + (
-            5 * self.measured.state_bytes + self.inside
-        ) * at.tokens
+        return min(self.logits * at.tokens, self.chunk) + (5 * self.measured.state_bytes + self.inside) * at.tokens
 
     def peak(self, at: Largest) -> int:
         loss = round(self.heap * self.measured.held(*at)) + self.loss(at)

@@ -101,7 +101,7 @@ def test_norms_of_the_two_gradients(checkpointing):
 
 
 def test_what_is_refused():
-    with pytest.raises(UserError, match="alignment.alpha=0 stays 0"):
+    with pytest.raises(UserError, match=r"alignment.alpha=0 stays 0"):
         LogitAlignment(0.0, schedule=KLTarget())
     LogitAlignment(0.0, schedule=Linear(end=1.0))
     terms = {"kl": LogitAlignment(schedule=GradientBalance()), "out": LogitAlignment(position="output_logits")}
@@ -171,9 +171,9 @@ def test_adaptive_schedules_move_alpha_and_keep_it(make):
 def test_the_controller_holds_the_kl_in_training():
     """With a target well below what alpha alone would allow, the KL ends near it."""
     rows, settings = make_rows(8), {"max_epochs": 60, "optimizer": OptimizerConfig(lr=1e-2, warmup_ratio=0.0)}
-    free, record = train(scheduled(None, alpha=0.02), rows, random_b=False, **settings)
+    _, record = train(scheduled(None, alpha=0.02), rows, random_b=False, **settings)
     unheld = record.column("train/kl")[-1]
     target = unheld / 4
-    held, record = train(scheduled(KLTarget(target=target), alpha=0.02), rows, random_b=False, **settings)
+    _, record = train(scheduled(KLTarget(target=target), alpha=0.02), rows, random_b=False, **settings)
     assert record.column("train/kl")[-1] == pytest.approx(target, rel=0.5)
     assert unheld > 3 * target

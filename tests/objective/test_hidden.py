@@ -97,13 +97,16 @@ def test_only_its_own_rows_count(tokens):
     following = batch.roles.roll(-1, 1)
     following[:, -1] = Role.PADDING
     exists = (batch.roles != Role.PADDING) & (following != Role.PADDING)
-    mask = exists & {
-        "input": batch.roles != Role.RESPONSE,
-        "output": following == Role.RESPONSE,
-        "all": exists,
-        "document": batch.roles == Role.DOCUMENT,
-        "question": batch.roles == Role.QUESTION,
-    }[tokens]
+    mask = (
+        exists
+        & {
+            "input": batch.roles != Role.RESPONSE,
+            "output": following == Role.RESPONSE,
+            "all": exists,
+            "document": batch.roles == Role.DOCUMENT,
+            "question": batch.roles == Role.QUESTION,
+        }[tokens]
+    )
     objective = hidden(position="attention_v", tokens=tokens)
     losses = objective(Decoder(model), batch, objective.count(batch))
     assert objective.count(batch)[1] == mask.sum() > 0
@@ -253,21 +256,21 @@ def test_fused_projections_are_refused(family, position, fits):
         batch = collate(make_rows(), 0)
         assert outcome(model, hidden(position=position), [batch])[1][1] > 1e-4
     else:
-        with pytest.raises(UserError, match="in modules of their own.*set alignment.position=layer_outputs"):
+        with pytest.raises(UserError, match=r"in modules of their own.*set alignment.position=layer_outputs"):
             hidden(position=position).check(model)
 
 
 def test_what_is_refused():
-    with pytest.raises(UserError, match="alignment.position=nose is unknown: set it to one of attention_q"):
+    with pytest.raises(UserError, match=r"alignment.position=nose is unknown: set it to one of attention_q"):
         HiddenAlignment(position="nose")
-    with pytest.raises(UserError, match="alignment.distance=l1 is unknown"):
+    with pytest.raises(UserError, match=r"alignment.distance=l1 is unknown"):
         HiddenAlignment(distance="l1")
-    with pytest.raises(UserError, match="alignment.layers=\\[\\] is not allowed"):
+    with pytest.raises(UserError, match=r"alignment.layers=\[\] is not allowed"):
         HiddenAlignment(layers=[])
-    with pytest.raises(UserError, match="alignment.alpha=-1"):
+    with pytest.raises(UserError, match=r"alignment.alpha=-1"):
         HiddenAlignment(-1)
-    with pytest.raises(UserError, match="alignment.share=2"):
+    with pytest.raises(UserError, match=r"alignment.share=2"):
         HiddenAlignment(rows="random", share=2)
     cached = Objective({"hidden": HiddenAlignment()}, CachedReference(MemoryEntries()))
-    with pytest.raises(UserError, match="set reference.cache=off"):
+    with pytest.raises(UserError, match=r"set reference.cache=off"):
         cached.check(tiny_model(lora=True))

@@ -78,7 +78,7 @@ def assert_close_gradients(found, expected, relative=1e-4):
 
 
 def kl_mask(labels, mask, roles, position, boundary):
-    """[B, T - 1] bool over the shifted rows, from transformers' tensors and, only where they cannot know, from roles."""
+    """[B, T - 1] bool over the shifted rows, from transformers' tensors; from roles only where these cannot know."""
     token, following = mask[:, :-1].bool(), mask[:, 1:].bool()
     response, predicts_response = labels[:, :-1] != -100, labels[:, 1:] != -100
     exists = token & following

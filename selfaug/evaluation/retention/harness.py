@@ -27,7 +27,7 @@ from selfaug.evaluation.retention.benchmarks import (
 
 log = logging.getLogger(__name__)
 
-SCORING = 2  # raise it whenever the same model and settings would get other scores
+SCORING = 3  # raise it whenever the same model and settings would get other scores
 _SHOWN = 20_000  # characters of a prompt or an answer that are kept
 _PACKAGES = ("lm_eval", "transformers", "tokenizers", "torch", "peft", "nltk", "langdetect", "vllm")
 

@@ -23,6 +23,9 @@ from selfaug.evaluation.retention.benchmarks import GENERATION
 from selfaug.model.decoder import Decoder
 
 _ROWS_AT_ONCE = 256  # whose logits [rows, V] are held together
+# Sharing a context takes a second pass: it must save this share of the tokens. And batches that have enough tokens to
+# be fast are kept free of padding.
+_WORTH_SHARING, _ENOUGH_TOKENS, _LEAST_REAL = 0.3, 1024, 0.8
 _UNLIMITED = 1 << 20  # tokens, for a model whose configuration names no limit
 
 
@@ -123,7 +126,8 @@ class RetentionLM(TemplateLM):
             evaluating(self.model),
             tqdm(total=len(requests), desc=self.description, unit=" choices", disable=not self.progress) as bar,
         ):
-            for batch in _batches([_alone(context) for context in shared.values()], self.tokens_per_batch):
+            asked = [one for context in shared.values() for one in _asked(context)]
+            for batch in _batches(asked, self.tokens_per_batch):
                 numbers, hidden, targets, lengths = self._states(batch)
                 for number, scored in zip(numbers, self._scores(hidden, targets, lengths), strict=True):
                     found[number] = scored
@@ -223,15 +227,19 @@ class _Asked(NamedTuple):
         return 0 if self.tail is not None else max(len(tokens) - 1 for _, tokens in self.context.continuations)
 
 
-def _alone(context: _Context) -> _Asked:
-    if len(context.continuations) > 1:
-        return _Asked(context, context.tokens, None)
-    tail = context.continuations[0][1][:-1]
-    return _Asked(context, context.tokens + tail, tail)
+def _asked(context: _Context) -> list[_Asked]:
+    """The context once for all its continuations, or, where that saves little, with each of them."""
+    tails = [len(tokens) - 1 for _, tokens in context.continuations]
+    saved = len(context.tokens) * (len(tails) - 1)
+    if len(tails) > 1 and (saved > _WORTH_SHARING * (len(context.tokens) + sum(tails)) or not any(tails)):
+        return [_Asked(context, context.tokens, None)]
+    one_each = [_Context(context.tokens, [one]) for one in context.continuations]
+    return [_Asked(one, one.tokens + (tail := one.continuations[0][1][:-1]), tail) for one in one_each]
 
 
 def _batches(asked: list[_Asked], tokens: int) -> Iterator[list[_Asked]]:
-    """Of similar length, at least one each, so that with padding they take at most so many tokens."""
+    """Of similar length, at least one each, so that with padding they take at most so many tokens. A batch that is
+    large enough to be fast takes no more in if they would be padded much."""
 
     def order(one: _Asked) -> tuple[Any, ...]:
         # Those with and without a second pass apart, or the few that need one would make it for all. The second pass
@@ -242,7 +250,8 @@ def _batches(asked: list[_Asked], tokens: int) -> Iterator[list[_Asked]]:
     size = _Size()
     for one in sorted(asked, key=order):
         more = size.with_(one)
-        if batch and ((batch[0].tail is None) != (one.tail is None) or more.tokens > tokens):
+        padded = size.tokens >= _ENOUGH_TOKENS and more.real < _LEAST_REAL * more.tokens
+        if batch and ((batch[0].tail is None) != (one.tail is None) or more.tokens > tokens or padded):
             yield batch
             batch, more = [], _Size().with_(one)
         batch.append(one)
@@ -258,13 +267,16 @@ class _Size(NamedTuple):
     prefix: int = 0
     continuations: int = 0
     width: int = 0
+    real: int = 0  # tokens that are no padding
 
     def with_(self, one: _Asked) -> "_Size":
+        tails = [len(tokens) - 1 for _, tokens in one.context.continuations]
         return _Size(
             self.contexts + 1,
             max(self.prefix, len(one.prefix)),
-            self.continuations + (len(one.context.continuations) if one.width else 0),
+            self.continuations + (len(tails) if one.width else 0),
             max(self.width, one.width),
+            self.real + len(one.prefix) + (len(tails) * len(one.prefix) + sum(tails) if one.width else 0),
         )
 
     @property

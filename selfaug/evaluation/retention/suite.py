@@ -189,7 +189,10 @@ class Suite:
         for name, scores in tuned.items():
             if name != STYLE and not (BENCHMARKS[name].chat and BENCHMARKS[name].generates):
                 continue
-            turns = [(self._asked(item.prompt), str(item.output)) for item in scores.items[:: -(-len(scores.items) // OWN_ANSWERS)]]
+            turns = [
+                (self._asked(item.prompt), str(item.output))
+                for item in scores.items[:: -(-len(scores.items) // OWN_ANSWERS)]
+            ]
             measured = drift_on_answers(
                 model, self.tokenizer, turns, config, max_tokens=max_tokens, progress=self.progress
             )
