@@ -25,6 +25,7 @@ DRIFT = {
     "perplexity": Quantity("Perplexity", 1, 2),
     "perplexity_ratio": Quantity("Perplexity ratio", 1, 3),
 }
+STYLE = {"words": Quantity("words", 1, 1), "one_line": Quantity("one line (%)", 100, 1)}
 KEPT = "kept"
 
 
@@ -54,6 +55,9 @@ def measures(results: Sequence[Results]) -> list[Measure]:
         found.append(_drift(corpus, "perplexity_ratio", ["ppl", "ratio"], 1.0))
     for benchmark in dict.fromkeys(benchmark for run in results for benchmark in run.retention):
         found.append(_benchmark(benchmark))
+    # Of general instructions, whose answers shorten long before a benchmark moves. Neither way is better as such.
+    if any("instructions" in run.style for run in results):
+        found += [_style(name, quantity) for name, quantity in STYLE.items()]
     if any(run.retention_mean for run in results):
         found.append(
             Measure(KEPT, "Benchmarks", "kept (%)", "kept (%)", ["kept", "%"], Quantity("kept", 100, 1),
@@ -127,6 +131,17 @@ def _benchmark(name: str) -> Measure:
         f"retention/{name}", "Benchmarks", f"{title} (%)", f"{title} (%)", lines, Quantity(title, 100, 1),
         read("tuned"), read("base"), 1, same_items=True,
     )  # fmt: skip
+
+
+def _style(name: str, quantity: Quantity) -> Measure:
+    """Of the answers to general instructions; the prompts are the same in every run."""
+
+    def read(part: str) -> Read:
+        return lambda run: interval_of(run.style.get("instructions", {}).get(name), part)
+
+    title = quantity.label
+    return Measure(f"style/{name}", "Style of answers", title, f"answers: {title}", textwrap.wrap(title, 7), quantity,
+                   read("tuned"), read("base"), 0, same_items=True)  # fmt: skip
 
 
 def _kl(run: Results, corpus: str, name: str) -> Interval | None:

@@ -82,7 +82,7 @@ def samples_panel(results: Results, n: int = 3) -> Panel:
 def comparison_table(results: Sequence[Results]) -> Table:
     """One row per run, named by the settings that differ; runs that differ only by the seed get a mean row too, and of
     many runs that row alone."""
-    columns, rows = _comparison(results)
+    columns, rows = _comparison(results, _WIDEST)
     if len(results) > _MANY and any(row.summary for row in rows):
         rows = [row for row in rows if row.summary or not row.averaged]
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
@@ -124,6 +124,8 @@ _COMPARISON_NOTE = (
 
 
 _MANY = 16  # runs that a terminal has room for
+_WIDEST = 12  # columns that one of 100 characters has room for
+_LEFT_OUT = ("/kl_tuned_base", "/perplexity_ratio")  # where there are more; the report has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,10 @@ class _Line:
     averaged: bool = False  # a run that is part of one
 
 
-def _comparison(results: Sequence[Results]) -> tuple[list[Measure], list[_Line]]:
+def _comparison(results: Sequence[Results], most: int | None = None) -> tuple[list[Measure], list[_Line]]:
     columns = measures(results)
+    if most is not None and len(columns) > most:
+        columns = [one for one in columns if not one.key.endswith(_LEFT_OUT)]
     lines: list[_Line] = []
     finished = [run for run in results if run.status == "finished"]
     bases = {tuple(one.quantity.short(one.base(run)) for one in columns) for run in finished}

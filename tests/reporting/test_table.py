@@ -250,3 +250,21 @@ def test_labels_of_settings_that_only_some_runs_have():
 def test_nothing_to_compare():
     assert as_markdown([]).startswith("| run | EM (%) |")
     assert rendered(comparison_table([]), 80)
+
+
+def test_style_of_the_answers_is_a_column():
+    answers = {"words": metric(42.6, 29.3, 3.0, 32), "one_line": metric(0.594, 0.875, 0.1, 32)}
+    text = as_markdown([run(style={"instructions": answers, "ifeval": answers})] * 2)
+    header, _, base, first = text.splitlines()[:4]
+    assert header.count("answers:") == 2  # of general instructions alone
+    assert "| 42.6 ±3.0 | 59.4 ±10.0 |" in base
+    assert "| 29.3 ±3.0 | 87.5 ±10.0 |" in first
+
+
+def test_crowded_terminal_leaves_out_what_says_the_least():
+    scores = {f"bench{i}": {"acc": {**metric(0.5, 0.4, 0.02), "main": True}} for i in range(4)}
+    wide, crowded = rendered(comparison_table([run()]), 200), rendered(comparison_table([run(retention=scores)]), 200)
+    assert "tuned||" in wide
+    assert "tuned||" not in crowded
+    assert "bench3" in crowded
+    assert "KL(tuned" in as_markdown([run(retention=scores)])
