@@ -20,7 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 from selfaug.data.batching import Step
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
-from selfaug.objective import NLL, Objective
+from selfaug.objective import Objective
 from selfaug.objective.alphas import Alphas, Balance
 
 
@@ -89,6 +89,7 @@ class SelfAugModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         objective.check(model)
+        objective.start(model)
         self.model, self.objective, self.optimizer_config, self.seed, self._shard = (
             model,
             objective,
@@ -124,8 +125,11 @@ class SelfAugModule(L.LightningModule):
         for i, batch in enumerate(step.micro_batches):
             losses = self.objective(decoder, batch, totals, draw=(self.seed, self.global_step), alphas=alphas)
             if balance is not None:
-                balance.add(losses.parts[NLL])
-            self._backward(losses.loss, last=i == len(step.micro_batches) - 1)
+                balance.add(losses.parts[self.objective.minimised])
+            last = i == len(step.micro_batches) - 1
+            penalty, penalties = self.objective.penalties(self.model) if last else (None, {})
+            # With the last micro-batch, because data-parallel training takes one backward pass with an exchange.
+            self._backward(losses.loss if penalty is None else losses.loss + penalty / self.trainer.world_size, last)
             self.objective.close()
             sums += torch.stack([losses.loss.detach(), *(part.detach() for part in losses.parts.values())])
         sums = self._over_processes(sums)
@@ -142,8 +146,10 @@ class SelfAugModule(L.LightningModule):
         scheduler.step()
         tokens = sum(batch.attention_mask.sum() for batch in step.micro_batches if batch.ids)  # silent ones have no ids
         tokens = self._over_processes(torch.as_tensor(tokens, device=self.device))
-        self._log_step(sums, totals, learning_rate, gradient_norm, tokens, started, alphas)
-        self.alphas.observe(sums[2:].tolist(), self.drift, *norms)
+        if penalty is not None:
+            sums[0] += penalty.detach()
+        self._log_step(sums, totals, learning_rate, gradient_norm, tokens, started, alphas, penalties)
+        self.alphas.observe([self.latest[f"train/{name}"] for name in self.objective.terms], self.drift, *norms)
         self.drift = None
 
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -169,7 +175,7 @@ class SelfAugModule(L.LightningModule):
 
     def _log_step(
         self, sums: Tensor, totals: Tensor, learning_rate: float, gradient_norm: float, tokens: Tensor, started: float,
-        alphas: dict[str, float],
+        alphas: dict[str, float], penalties: dict[str, Tensor],
     ) -> None:  # fmt: skip
         values = {"train/loss": float(sums[0]), "train/lr": learning_rate, "train/tokens": int(tokens)}
         values["train/grad_norm"] = gradient_norm
@@ -178,6 +184,7 @@ class SelfAugModule(L.LightningModule):
         for i, name in enumerate(self.objective.names):
             values[f"train/{name}"] = float(sums[1 + i])
             values[f"train/rows_{name}"] = int(totals[i])
+        values |= {f"train/{name}": float(penalty) for name, penalty in penalties.items()}
         for name, alpha in alphas.items():
             values["train/alpha" if len(alphas) == 1 else f"train/alpha_{name}"] = alpha
         self.latest = values

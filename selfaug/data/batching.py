@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from selfaug.data.collate import collate, pack
-from selfaug.objective.batch import IGNORE, TokenBatch
+from selfaug.objective.batch import IGNORE, TASK, TokenBatch
 
 _NOBODY = -1
 # What one more forward and backward pass costs before its first token, in tokens. A pass reads all weights and starts
@@ -146,15 +146,15 @@ def cut(lengths: np.ndarray, size: int | None, tokens: int | None, packing: bool
 class StepDataset(TorchDataset):
     """Turns what StepSampler yields into Steps of tensors, padded or packed."""
 
-    def __init__(self, rows: Dataset, pad_id: int, packing: bool = False):
-        self.rows, self.pad_id, self.packing = rows, pad_id, packing
+    def __init__(self, rows: Dataset, pad_id: int, packing: bool = False, source_names: tuple[str, ...] = (TASK,)):
+        self.rows, self.pad_id, self.packing, self.source_names = rows, pad_id, packing, source_names
 
     def __getitem__(self, micro_batches: list[MicroBatch]) -> Step:
         return Step(tuple(self._collate(group) for group in micro_batches))
 
     def _collate(self, group: MicroBatch) -> TokenBatch:
         rows = [self.rows[i] for i in group.indices]
-        batch = pack(rows) if self.packing else collate(rows, self.pad_id)
+        batch = pack(rows, self.source_names) if self.packing else collate(rows, self.pad_id, self.source_names)
         if not group.silent:
             return batch
         # No row of it is an output row or an aligned row: it contributes a zero with a graph.

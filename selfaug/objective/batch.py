@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100  # label of a token that is not to be predicted, as in transformers
+IGNORE = -100  # label of a token that is not to be learned, as in transformers
+TASK = "task"  # the data source that every run has
 
 
 class Role(IntEnum):
@@ -45,6 +46,8 @@ class TokenBatch:
 
     Args:
         documents: rank of the document that a token belongs to, from 1; 0 for all other tokens. None: not known.
+        sources: number, in source_names, of the data source that a token's example is from. None: all are task data.
+        source_names: what the sources are called; see selfaug/data/mixture.py.
         ids: names of the examples, for messages about them.
         spans, keys: where each example lies, and its `token_key`; left out, they are worked out when asked for.
         packed: several examples may share a row.
@@ -62,6 +65,8 @@ class TokenBatch:
     keys: tuple[str, ...] = ()
     packed: bool = False
     right_padded: bool = False
+    sources: Tensor | None = None
+    source_names: tuple[str, ...] = (TASK,)
 
     @classmethod
     def from_labels(cls, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> "TokenBatch":
@@ -97,6 +102,14 @@ class TokenBatch:
         """[B, T] bool: the question and response tokens, whose attention tells which other tokens matter."""
         return (self.roles == Role.QUESTION) | (self.roles == Role.RESPONSE)
 
+    def of(self, source: str) -> Tensor:
+        """[B, T] bool: the tokens of a data source's examples."""
+        if source not in self.source_names:
+            return torch.zeros_like(self.roles, dtype=torch.bool)
+        if self.sources is None:
+            return torch.ones_like(self.roles, dtype=torch.bool)
+        return self.sources == self.source_names.index(source)
+
     @property
     def last(self) -> Tensor | None:
         """[B, T] bool: the last token of each example of a packed batch, after which another one begins."""
@@ -123,4 +136,5 @@ class TokenBatch:
             labels=function(self.labels),
             roles=function(self.roles),
             documents=None if self.documents is None else function(self.documents),
+            sources=None if self.sources is None else function(self.sources),
         )

@@ -59,7 +59,7 @@ class HiddenAlignment:
         tokens: which rows: input (as SelfAug's), output, all, document or question.
         distance: mse: mean over the features of (tuned - base)^2; cosine: 1 - cos(tuned, base).
         layers: numbers of the layers, from 0, negative ones from the end; None for all.
-        boundary, rows, share, schedule: as in LogitAlignment.
+        boundary, rows, share, schedule, source: as in LogitAlignment.
 
     Raises:
         UserError: a value outside its range.
@@ -74,6 +74,7 @@ class HiddenAlignment:
     rows: Rows = "all"
     share: float = 1.0
     schedule: AlphaSchedule | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("position", HiddenPosition), ("tokens", Tokens), ("distance", Distance)):
@@ -93,7 +94,8 @@ class HiddenAlignment:
         return RowSampling(self.rows, self.share)
 
     def select(self, batch: TokenBatch) -> Tensor:
-        return alignment_rows(batch.roles, _ROWS[self.tokens], boundary=self.boundary, last=batch.last)
+        rows = alignment_rows(batch.roles, _ROWS[self.tokens], boundary=self.boundary, last=batch.last)
+        return rows if self.source is None else rows & batch.of(self.source)
 
     def modules(self, body: nn.Module) -> list[nn.Module]:
         """The modules of `body` that are compared. Raises UserError where the family has none of these names."""

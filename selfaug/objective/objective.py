@@ -1,12 +1,13 @@
 """The training objective: NLL on the response plus a weighted list of terms. The only implementation of it.
 
-    L = (sum of NLL over the output rows) / N_output  +  sum over terms of alpha * (sum over its rows) / N_term
+    L = (sum of NLL over the learned rows) / N_learned  +  sum over terms of alpha * (sum over its rows) / N_term
+        + sum over parameter terms of alpha * penalty
 
-Every N counts the rows of the whole optimiser step, of all micro-batches and all processes, so that neither padding
+The learned rows are the output rows, unless a method leaves some out (rows.py). Every N counts the rows of the whole optimiser step, of all micro-batches and all processes, so that neither padding
 nor the way a step is cut into micro-batches changes the loss.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,45 +16,79 @@ import torch
 from torch import Tensor, nn
 
 from selfaug.errors import UserError
-from selfaug.model.decoder import Decoder
+from selfaug.model.decoder import Decoder, Head
 from selfaug.model.outputs import ModuleOutputs
 from selfaug.model.reference import AdaptersOff, Reference
-from selfaug.objective.batch import TokenBatch
+from selfaug.objective.batch import TASK, TokenBatch
 from selfaug.objective.hidden import HiddenAlignment
-from selfaug.objective.rows import output_rows
-from selfaug.objective.terms import States, Term
+from selfaug.objective.rows import learned_rows
+from selfaug.objective.terms import ParameterTerm, States, Term, TokenWeights
 from selfaug.ops import linear_nll
 
 NLL = "nll"
+WEIGHTED = "weighted_nll"
 
 
 @dataclass(frozen=True)
 class Losses:
-    """`loss` to call backward on; `parts` by name, unweighted: this batch's share of each mean, in nats."""
+    """`loss` to call backward on, but for the parameter terms; `parts` by name, not times alpha: this batch's share of
+    each mean, in nats."""
 
     loss: Tensor
     parts: dict[str, Tensor]
 
 
 class Objective:
-    """NLL plus `terms` (name to Term; none is plain fine-tuning), whose base model `reference` knows."""
+    """NLL plus `terms` (name to Term or ParameterTerm; none is plain fine-tuning).
 
-    def __init__(self, terms: Mapping[str, Term] | None = None, reference: Reference | None = None):
-        self.terms = dict(terms or {})
+    reference: knows the base model. weights: of the response tokens; None counts all alike. sources: names of the data
+    sources; with several, the NLL is measured of each.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, Term | ParameterTerm] | None = None,
+        reference: Reference | None = None,
+        weights: TokenWeights | None = None,
+        sources: Sequence[str] = (TASK,),
+    ):
+        all_terms: dict[str, Any] = dict(terms or {})
+        self.terms: dict[str, Term] = {k: v for k, v in all_terms.items() if not hasattr(v, "penalty")}
+        self.parameter_terms: dict[str, ParameterTerm] = {k: v for k, v in all_terms.items() if k not in self.terms}
         self.reference = reference or AdaptersOff()
+        self.weights = weights
+        self.sources = tuple(sources) if len(sources) > 1 else ()
+        for name, term in self.terms.items():
+            if (source := getattr(term, "source", None)) not in (None, *sources):
+                raise UserError(
+                    f"The term {name} is for the data source {source}, and there is none of that name: set its source "
+                    f"to one of {', '.join(sources)}, or add {source} to data.mixture."
+                )
         scores = {term.sampling.score for term in self.terms.values()} - {None}
         if len(scores) > 1:
             raise UserError(f"Terms sample their rows by {' and by '.join(sorted(map(str, scores)))}: use one of them.")
         self._score = scores.pop() if scores else None
-        # The official code's rows include padding, whose states depend on the mask.
         # What watches the modules of the model, by term, until the backward pass is done.
         self._inside: dict[str, ModuleOutputs] = {}
+        # The official code's rows include padding, whose states depend on the mask.
         self._masked = any(getattr(term, "official", False) for term in self.terms.values())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parts of the loss: nll and the terms, in a fixed order."""
-        return (NLL, *self.terms)
+        """The parts of the loss that are means over rows, in a fixed order: nll, what is minimised in its place where
+        tokens are weighted, the nll of each source where there are several, the terms."""
+        weighted = () if self.weights is None else (WEIGHTED,)
+        return (NLL, *weighted, *(f"{NLL}_{source}" for source in self.sources), *self.terms)
+
+    @property
+    def minimised(self) -> str:
+        """The part that stands in the loss for the NLL."""
+        return NLL if self.weights is None else WEIGHTED
+
+    def start(self, model: nn.Module) -> None:
+        """Let the parameter terms see the weights that the training starts from."""
+        for term in self.parameter_terms.values():
+            term.start(model)
 
     def check(self, model: nn.Module) -> None:
         """Raise UserError where a term needs what `model`, or its reference, cannot give."""
@@ -69,11 +104,14 @@ class Objective:
                     )
 
     def count(self, batch: TokenBatch) -> Tensor:
-        """How many rows each part has in this batch: [1 + number of terms] int64, ordered as `names`.
+        """How many rows each part has in this batch: [number of parts] int64, ordered as `names`.
 
         Add them up over micro-batches and processes to get the step's totals. Sampling does not change them.
         """
-        masks = [output_rows(batch.roles, batch.last), *(term.select(batch) for term in self.terms.values())]
+        learned = learned_rows(batch.roles, batch.labels, batch.last)
+        masks = [learned] * (1 if self.weights is None else 2)
+        masks += [learned & batch.of(source) for source in self.sources]
+        masks += [term.select(batch) for term in self.terms.values()]
         return torch.stack([mask.sum() for mask in masks])
 
     def __call__(
@@ -118,11 +156,9 @@ class Objective:
                 comparing.enter_context(outputs.compared(hidden.compare, drawn, weights[name], alphas[name] != 0))
             tuned = decoder.states(batch, masked=self._masked)  # [B, T, d]
 
-        rows = output_rows(batch.roles, batch.last)
-        targets = batch.labels[:, 1:][rows[:, :-1]]
-        nll = linear_nll(tuned[rows], targets, **head.arguments()).sum() / totals[0]
-        loss, parts = nll, {NLL: nll}
-        for total, (name, term) in zip(totals[1:], self.terms.items(), strict=True):
+        mean = dict(zip(self.names, totals, strict=True))
+        loss, parts = self._nll(tuned, batch, head, mean)
+        for name, term in self.terms.items():
             if name in self._inside:
                 summed = self._inside[name].total / len(self._inside[name].modules)
             else:
@@ -131,10 +167,41 @@ class Objective:
                 states = States(tuned[rows], reference.hidden[rows], next_tokens, weights[name])
                 with torch.set_grad_enabled(torch.is_grad_enabled() and alphas[name] != 0):
                     summed = term.total(states, head)
-            parts[name] = summed / total
+            parts[name] = summed / mean[name]
             if alphas[name] != 0:  # adding 0 * KL would already change the bits of the gradient
                 loss = loss + alphas[name] * parts[name]
         return Losses(loss, parts)
+
+    def _nll(
+        self, tuned: Tensor, batch: TokenBatch, head: Head, mean: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised of the learned rows, and all that is measured of them. tuned: [B, T, d]; mean: the number
+        of rows that each part is divided by."""
+        rows = learned_rows(batch.roles, batch.labels, batch.last)
+        targets = batch.labels[:, 1:][rows[:, :-1]]
+        hidden = tuned[rows]
+        nll = linear_nll(hidden, targets, **head.arguments())  # [N]
+        loss = nll.sum() / mean[NLL]
+        parts = {NLL: loss}
+        if self.weights is not None:
+            with torch.no_grad():
+                weights = self.weights(nll.detach(), hidden.detach(), head)
+            loss = (weights * nll).sum() / mean[WEIGHTED]
+            parts = {NLL: parts[NLL].detach(), WEIGHTED: loss}
+        for source in self.sources:
+            name = f"{NLL}_{source}"
+            parts[name] = nll.detach()[batch.of(source)[rows]].sum() / mean[name]
+        return loss, parts
+
+    def penalties(self, model: nn.Module) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """alpha * penalty of all parameter terms together, None where no alpha is above 0, and each penalty by name."""
+        total, found = None, {}
+        for name, term in self.parameter_terms.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0):
+                found[name] = term.penalty(model)
+            if term.alpha != 0:
+                total = term.alpha * found[name] if total is None else total + term.alpha * found[name]
+        return total, found
 
     def close(self) -> None:
         """Forget what the last call has kept for its backward pass."""

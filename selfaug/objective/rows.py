@@ -1,6 +1,8 @@
 """Which rows count. Row t holds the logits that predict token t+1; a row exists where tokens t and t+1 both do.
 
 output rows: token t+1 is a response token.
+learned rows: output rows whose token t+1 is also to be learned. They are all output rows, unless a data source is there
+             for alignment only, or a method leaves tokens out (TokenBatch.labels).
 input rows:  token t is not a response token. They include the *boundary row*, the last prompt position, which
              predicts the first response token, because the paper's code includes it (its mask is not shifted).
              boundary=False drops it; input and output rows are then disjoint and, with one response at the end,
@@ -15,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from selfaug.objective.batch import Role
+from selfaug.objective.batch import IGNORE, Role
 
 Position = Literal["input_logits", "output_logits", "all_logits", "document_logits", "question_logits"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
@@ -34,6 +36,11 @@ def existing_rows(roles: Tensor, last: Tensor | None = None) -> Tensor:
 def output_rows(roles: Tensor, last: Tensor | None = None) -> Tensor:
     """[B, T] bool: rows that predict a response token."""
     return existing_rows(roles, last) & _next(roles == Role.RESPONSE)
+
+
+def learned_rows(roles: Tensor, labels: Tensor, last: Tensor | None = None) -> Tensor:
+    """[B, T] bool: output rows whose token is to be learned; labels [B, T] as in TokenBatch."""
+    return output_rows(roles, last) & _next(labels != IGNORE)
 
 
 def alignment_rows(

@@ -1,13 +1,14 @@
 """The terms that are added to the NLL. A term says which rows it needs and sums its penalty over them.
 
-To add one: a class with `alpha`, `schedule`, `sampling`, `select` and `total` like LogitAlignment's, and a YAML file
-in selfaug/conf/alignment/ or method/. Terms on hidden states are in hidden.py.
+To add one: a class with `alpha`, `schedule`, `sampling`, `select` and `total` like LogitAlignment's, or with `alpha`,
+`start` and `penalty` (ParameterTerm), and a YAML file in selfaug/conf/alignment/ or method/. Terms on hidden states are
+in hidden.py.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfaug.errors import UserError
 from selfaug.model.decoder import Head
@@ -58,6 +59,34 @@ class Term(Protocol):
         ...
 
 
+class ParameterTerm(Protocol):
+    """alpha * penalty, where the penalty depends on the trained weights and not on the tokens."""
+
+    @property
+    def alpha(self) -> float:
+        """Its weight in the loss."""
+        ...
+
+    def start(self, model: nn.Module) -> None:
+        """Called once, with the weights that the training starts from, also where it then goes on from a checkpoint.
+
+        Raises UserError where the model has nothing that the penalty could be taken of.
+        """
+        ...
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        """A scalar with a graph to the trained weights."""
+        ...
+
+
+class TokenWeights(Protocol):
+    """How much each response token counts in what is minimised; the NLL counts all alike."""
+
+    def __call__(self, nll: Tensor, hidden: Tensor, head: Head) -> Tensor:
+        """[N] weights without a graph, of the N learned rows: their nll [N] and last hidden states [N, d]."""
+        ...
+
+
 @dataclass(frozen=True)
 class LogitAlignment:
     """SelfAug's term: KL between base and tuned next-token distributions (paper section 3.3).
@@ -75,6 +104,7 @@ class LogitAlignment:
         rows, share: use a share of the rows in each training step, weighted so that the loss is the same in
             expectation; see selfaug/objective/sampling.py.
         schedule: how alpha changes during the training; see selfaug/objective/schedules.py.
+        source: align the examples of this data source only (task, or one of data.mixture); None for all.
 
     Raises:
         UserError: a value outside its range.
@@ -89,6 +119,7 @@ class LogitAlignment:
     share: float = 1.0
     mask_target: bool = False
     schedule: AlphaSchedule | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if self.position not in POSITIONS:
@@ -121,9 +152,10 @@ class LogitAlignment:
             raise UserError(
                 "alignment.official=true counts padding, which a packed batch does not have: set data.packing=false."
             )
-        return alignment_rows(
+        rows = alignment_rows(
             batch.roles, self.position, boundary=self.boundary, official=self.official, last=batch.last
         )
+        return rows if self.source is None else rows & batch.of(self.source)
 
     def total(self, states: States, head: Head) -> Tensor:
         return linear_kl(

@@ -21,7 +21,7 @@ from selfaug.model.load import add_adapter, load_base, load_tokenizer, recompute
 from selfaug.model.reference import AdaptersOff, Reference
 from selfaug.model.shard import shard
 from selfaug.module import OptimizerConfig, SelfAugModule
-from selfaug.objective import HiddenAlignment, Objective
+from selfaug.objective import TASK, HiddenAlignment, Objective
 from selfaug.objective.alphas import Alphas
 from selfaug.paths import cache_dir
 from selfaug.run.identity import caches_reference
@@ -151,7 +151,7 @@ def base_model(config: DictConfig) -> torch.nn.Module:
 
 
 def objective(config: DictConfig) -> Objective:
-    """NLL and the terms of the method."""
+    """NLL, how its tokens are weighted, and the terms of the method."""
     terms: dict[str, Any] = {}
     for name, node in config.method.terms.items():
         if node.get("position") != "none":  # alignment=none: plain fine-tuning as a row of an ablation
@@ -167,18 +167,25 @@ def objective(config: DictConfig) -> Objective:
                 raise UserError(
                     f"alignment.official=true counts padding, which {name} does not keep: set {off} with it."
                 )
-    return Objective(terms, reference(config))
+    weights = make(config.method.weights, "method") if config.method.get("weights") else None
+    return Objective(terms, reference(config), weights, (TASK, *(config.data.get("mixture") or {})))
 
 
 def _check_schedules(config: DictConfig, terms: dict[str, Any]) -> None:
-    alphas = Alphas(terms)
+    alphas = Alphas({name: term for name, term in terms.items() if not hasattr(term, "penalty")})
     for schedule in alphas.schedules.values():
         if getattr(schedule, "signal", None) == "drift" and not config.callbacks.get("retention_probe"):
             raise UserError(
                 "alignment.schedule.signal=drift needs the drift to be measured meanwhile: set "
                 "callbacks=retention_probe with it."
             )
-    if any(alphas.wants_gradients(step) for step in range(100)) and _sharded(config):
+    balanced = any(alphas.wants_gradients(step) for step in range(100))
+    if balanced and len(terms) > 1:
+        raise UserError(
+            "alignment/schedule=gradient_balance balances the NLL with one term, and the method has several: use "
+            "another schedule."
+        )
+    if balanced and _sharded(config):
         raise UserError(
             "alignment/schedule=gradient_balance needs whole gradients, which trainer=fsdp does not keep: use another "
             "schedule, or trainer=ddp."
