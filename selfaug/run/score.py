@@ -19,6 +19,8 @@ from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, measure_drift
 from selfaug.evaluation.rag import answer_questions, samples, score_answers
 from selfaug.evaluation.retention.benchmarks import BENCHMARKS, RetentionConfig
+from selfaug.evaluation.retention.harness import Item, Scores, conditions
+from selfaug.evaluation.retention.store import Store
 from selfaug.evaluation.retention.suite import Retention, StyleConfig, Suite, base_store, keep_copy, tuned_store
 from selfaug.evaluation.sandbox import check_sandbox
 from selfaug.evaluation.token_kl import token_kl
@@ -31,6 +33,8 @@ from selfaug.run.identity import RunDirectory, config_hash
 from selfaug.run.machine import free_unused
 
 log = logging.getLogger(__name__)
+
+TASK = "task"  # the file of the answers to the task's questions
 
 
 @dataclass
@@ -108,7 +112,7 @@ def measure(config: DictConfig, models: Models, data: RagDataModule | None, fold
     tokenizer = data.tokenizer if data is not None else load_tokenizer(config.model.name, config.model.revision)
     with build.precision(config).autocast(next(models.base.parameters()).device.type):
         if config.evaluation.get("rag") and data is not None:
-            _answer(config, models, data, found)
+            _answer(config, models, data, folder, found)
         if drift is not None and models.shared:
             found.drift = measure_drift(models.base, tokenizer, drift, progress=config.progress)
         elif drift is not None and models.tuned is not None:
@@ -161,7 +165,7 @@ def as_results(config: DictConfig, measured: Measured, data: RagDataModule | Non
     )
 
 
-def _answer(config: DictConfig, models: Models, data: RagDataModule, found: Measured) -> None:
+def _answer(config: DictConfig, models: Models, data: RagDataModule, folder: Path, found: Measured) -> None:
     """Questions with documents: what was learned."""
     wanted = config.evaluation
     if not len(data.data["test"]):
@@ -172,11 +176,32 @@ def _answer(config: DictConfig, models: Models, data: RagDataModule, found: Meas
         "tokens_per_batch": wanted.tokens_per_batch,
         "progress": config.progress,
     }
+    about = {
+        "benchmark": TASK, "items": len(rows), "data": data.data.fingerprint,
+        "max_new_tokens": wanted.rag.max_new_tokens,
+        **conditions(_parts(config)[1], data.tokenizer), "tokens_per_batch": wanted.tokens_per_batch,
+    }  # fmt: skip
+
+    def answers(model: nn.Module, store: Store, which: str) -> list[str]:
+        """From `store` where they are there: a sweep asks the base model once."""
+        scores = store.get(TASK, about)
+        if scores is None:
+            said = answer_questions(model, data.tokenizer, rows, description=f"answering: {which}", **answering)
+            items = [
+                Item(row["id"], row["question"], answer, list(row["answers"]), {})
+                for row, answer in zip(rows, said, strict=True)
+            ]
+            scores = Scores(TASK, about, items)
+            store.put(TASK, scores)
+        if store.shared:
+            keep_copy(store, {TASK: scores}, folder / which)
+        return [str(item.output) for item in scores.items]
+
     with models.as_base():
-        base = answer_questions(models.base, data.tokenizer, rows, description="answering: base", **answering)
+        base = answers(models.base, base_store(models.base), "base")
     tuned = None
     if models.tuned is not None:
-        tuned = answer_questions(models.tuned, data.tokenizer, rows, description="answering: tuned", **answering)
+        tuned = answers(models.tuned, tuned_store(models.tuned, folder / "tuned"), "tuned")
     found.questions = len(rows)
     found.task = score_answers(rows["answers"], base, tuned, seed=config.seed)
     if tuned is not None:

@@ -382,7 +382,8 @@ def test_every_flipped_bit_is_found_or_harmless(entry):
     assert len(good) == values_start + 5 * HIDDEN * 4
     kept = []
     for number in range(len(good)):
-        for bit in range(8) if number < values_start else (number % 8,):
+        # Of the header two bits of each byte, which of them changes from byte to byte; a checksum guards the values.
+        for bit in {number % 8, (5 * number + 2) % 8} if number < values_start else (number % 8,):
             bad = bytearray(good)
             bad[number] ^= 1 << bit
             file.write_bytes(bad)
@@ -574,7 +575,7 @@ def test_killed_while_writing_goes_on_where_it_was(tmp_path: Path, filled):
 
 def test_two_processes_that_fill_at_once(tmp_path: Path, filled):
     """And then write the same entry again and again, which a third one reads."""
-    both = [filling(tmp_path, rewrites=300) for _ in range(2)]
+    both = [filling(tmp_path, rewrites=60) for _ in range(2)]
     for process in both:
         assert process.stdout.readline() == "ready\n"
     for process in both:
