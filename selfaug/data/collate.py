@@ -54,6 +54,6 @@ def _batch(
         keys=tuple(token_key(np.asarray(row["input_ids"])) for row in rows),
         packed=packed,
         right_padded=True,
-        sources=fill("source", 0) if len(source_names) > 1 else None,
+        sources=fill("source", -1) if len(source_names) > 1 else None,
         source_names=source_names,
     )
