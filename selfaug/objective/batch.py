@@ -46,7 +46,7 @@ class TokenBatch:
 
     Args:
         documents: rank of the document that a token belongs to, from 1; 0 for all other tokens. None: not known.
-        sources: number, in source_names, of the data source that a token's example is from, -1 of padding. None: all are
+        sources: number, in source_names, of the data source that a token is from, -1 of padding. None: all are
             task data.
         source_names: what the sources are called; see selfaug/data/mixture.py.
         ids: names of the examples, for messages about them.
