@@ -48,19 +48,23 @@ def _taken(likelihoods: list[float]) -> int:
     return max(range(len(likelihoods)), key=lambda i: likelihoods[i])
 
 
-def backend(name: str, model: Any, tokenizer: Any, tokens_per_batch: int) -> Any:
+def backend(name: str, model: Any, tokenizer: Any, tokens_per_batch: int, dtype: str) -> Any:
     if name == "selfaug":
         return RetentionLM(model, tokenizer, ChatFormat(tokenizer), tokens_per_batch=tokens_per_batch, progress=False)
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=int(name.rpartition("-")[2]))
+    # It switches autocast off unless it is told of it.
+    return HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=int(name.rpartition("-")[2]),
+        mixed_precision_dtype="bfloat16" if dtype == "bf16" else None,
+    )  # fmt: skip
 
 
 def measure(dtype: str, arguments: argparse.Namespace) -> list[Row]:
     """One row for each benchmark and backend."""
     tokenizer = load_tokenizer(arguments.model)
     model = load_base(arguments.model, mixed=dtype == "bf16").eval().to(arguments.device)
-    lms = {name: backend(name, model, tokenizer, arguments.tokens_per_batch) for name in arguments.backends}
+    lms = {name: backend(name, model, tokenizer, arguments.tokens_per_batch, dtype) for name in arguments.backends}
     rows: list[Row] = []
     for name in arguments.only:
         limit = {"max_new_tokens": arguments.new_tokens} if BENCHMARKS[name].generates else {}

@@ -3,7 +3,7 @@
 Run as: python experiments/retention_checks/run.py [--evaluation quick] [--only zero,noise-0.1] [--out results.json]
 
 zero: a fresh LoRA adapter, whose B is 0: the base model, so every difference must be 0 and every p 1. noise-S: the same
-with a random B of standard deviation S: a slightly and a badly damaged model.
+with a random B of standard deviation S: from a slightly to a badly damaged model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from selfaug.reporting.results import read_results
 
 HERE = Path(__file__).parent
 MODEL = "asset:smollm2-135m-instruct"
-ADAPTERS = {"zero": 0.0, "noise-0.02": 0.02, "noise-0.1": 0.1}  # standard deviation of B
+ADAPTERS = {"zero": 0.0, "noise-0.02": 0.02, "noise-0.1": 0.1, "noise-0.2": 0.2}  # standard deviation of B
 
 
 def save_adapter(std: float, folder: Path) -> Path:

@@ -63,7 +63,8 @@ def test_adapters(finished: Path, runs: Runs, items, kind: str):  # noqa: F811
     assert set(found["style"]) == {"ifeval", "instructions"}
     assert "What was kept" in done.stdout
     (folder,) = runs.runs.glob("evaluate-*/evaluation")
-    assert {path.name for path in (folder / "tuned").iterdir()} == {"ifeval.json", "arc_easy.json", "instructions.json"}
+    names = {"ifeval.json", "arc_easy.json", "instructions.json", "task.json"}
+    assert {path.name for side in ("base", "tuned") for path in (folder / side).iterdir()} == names
 
 
 def test_all_three_are_the_same_model(finished: Path, runs: Runs, items):  # noqa: F811
