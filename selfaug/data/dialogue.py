@@ -1,4 +1,4 @@
-"""Dialogues as training examples: instructions, self-dialogues, replayed text. One shape for all of them, and its tokens.
+"""Dialogues as training examples: instructions, self-dialogues, replayed text, all in one shape; and its tokens.
 
 The tokens are those of the chat template around the messages. As in prompt.py a response is tokenised apart, as it is
 when a model generates it, and ends with the template's end-of-turn tokens, which belong to the response; all that
@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from selfaug.data.chat import ChatFormat
 from selfaug.data.prompt import Segment, of_tokens, text_of
@@ -171,16 +171,16 @@ class DialogueBuilder:
                 rest = self.chat.render(messages)
             except Exception as error:  # Jinja's own errors, and whatever a template raises
                 raise UserError(
-                    f"The chat template does not take a dialogue of {', '.join(roles)} ({error}): correct the dialogue, "
-                    "or set data.prompt.chat_template."
+                    f"The chat template does not take a dialogue of {', '.join(roles)} ({error}): correct the "
+                    "dialogue, or set data.prompt.chat_template."
                 ) from error
             pieces = []
             for mark in marks:
                 piece, found, rest = rest.partition(mark)
                 if not found or mark in rest:
                     raise UserError(
-                        f"The chat template does not show every message of a dialogue of {', '.join(roles)} once and in "
-                        "order: correct the dialogue, or set data.prompt.chat_template."
+                        f"The chat template does not show every message of a dialogue of {', '.join(roles)} once and "
+                        "in order: correct the dialogue, or set data.prompt.chat_template."
                     )
                 pieces.append(piece)
             self._pieces[roles] = [*pieces, rest]

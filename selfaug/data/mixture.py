@@ -103,9 +103,7 @@ class MixedRows:
     def tokens(self) -> dict[str, int]:
         """By source."""
         starts = self._ends - np.array([*self.sizes.values()])
-        return {
-            name: int(self.lengths[a:b].sum()) for name, a, b in zip(self.sizes, starts, self._ends, strict=True)
-        }
+        return {name: int(self.lengths[a:b].sum()) for name, a, b in zip(self.sizes, starts, self._ends, strict=True)}
 
 
 def lengths_of(rows: Any) -> np.ndarray:
@@ -173,7 +171,7 @@ class Mixture:
             indices = choose(lengths_of(found.rows), wanted, by=one.by, seed=self._seed, name=name)
             if len(indices) > len(found.rows):
                 log.warning(
-                    "data.mixture.%s: %d examples are wanted and there are %d, so that each comes %.1f times in an epoch",
+                    "data.mixture.%s: %d examples are wanted of %d that there are: each comes %.1f times in an epoch",
                     name, len(indices), len(found.rows), len(indices) / len(found.rows),
                 )  # fmt: skip
             elif not len(indices):

@@ -94,7 +94,9 @@ def tokenise_dialogues(
     def write(work: Path) -> dict[str, Any]:
         return _write_dialogues(source, builder, work, name, progress)
 
-    found = TokenisedDialogues(_entry(cache, [_FORMAT, "dialogues", source.fingerprint(), builder.fingerprint()], write))
+    found = TokenisedDialogues(
+        _entry(cache, [_FORMAT, "dialogues", source.fingerprint(), builder.fingerprint()], write)
+    )
     stats = DialogueStats(**found.stats)
     if stats.cut or stats.dropped_long or stats.dropped_silent:
         log.warning(

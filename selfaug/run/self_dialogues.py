@@ -50,6 +50,7 @@ def written(config: DictConfig, settings: Settings, wanted: Wanted, folder: Path
     with FileLock(store.folder / ".lock"):
         if not store.holds(wanted):
             _write(config, settings, wanted, store, {"fingerprint": fingerprint, "identity": identity})
+            free_unused()  # of the model: the training loads it again
     return store
 
 
@@ -92,5 +93,3 @@ def _write(config: DictConfig, settings: Settings, wanted: Wanted, store: Dialog
 
     with build.precision(config).autocast(where.type):
         store.extend(Conversation(settings, chat, sampler, seeds), wanted, progress=config.progress)
-    del model
-    free_unused()

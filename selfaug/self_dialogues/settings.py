@@ -69,6 +69,7 @@ class Settings:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "template_arguments", dict(self.template_arguments or {}))
         if self.recipe not in get_args(Recipe):
             raise UserError(
                 f"{_GROUP}.recipe={self.recipe} is unknown: set it to one of {', '.join(get_args(Recipe))}."

@@ -39,7 +39,7 @@ class JsonlDialogues:
         self.path = Path(path).expanduser()
         check_file(
             self.path,
-            f"data.mixture: the file {self.path} does not exist: set the path of its source to a .jsonl file of dialogues.",
+            f"data.mixture: {self.path} does not exist: set the path of its source to a .jsonl file of dialogues.",
         )
 
     def fingerprint(self) -> str:

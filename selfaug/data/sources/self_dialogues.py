@@ -1,4 +1,4 @@
-"""Dialogues that the run's own base model writes before it is fine-tuned (SA-SFT, arXiv 2602.20162; Magpie, 2406.08464).
+"""Dialogues that the run's own base model writes before it is fine-tuned (SA-SFT, arXiv 2602.20162).
 
 They lie in a folder of the cache that is named by a hash of the model and of all settings, so that runs share them:
 what is missing is written at the first use, more of them whenever more are wanted.
