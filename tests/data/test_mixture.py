@@ -40,7 +40,10 @@ class Talk:
 
     def dialogues(self):
         for i in range(self.n):
-            turns = ({"role": "user", "content": f"{self.word} {i}"}, {"role": "assistant", "content": "yes " * (i + 1)})
+            turns = (
+                {"role": "user", "content": f"{self.word} {i}"},
+                {"role": "assistant", "content": "yes " * (i + 1)},
+            )
             yield Dialogue(str(i), turns)
 
 
@@ -225,9 +228,7 @@ def test_a_source_that_writes_is_told_how_many(tmp_path):
             self.asked = examples, tokens
 
     one, other = Writer(), Writer(word="else")
-    data = module(
-        tmp_path, {"a": MixtureSource(one, ratio=0.24), "b": MixtureSource(other, ratio=0.5, by="tokens")}
-    )
+    data = module(tmp_path, {"a": MixtureSource(one, ratio=0.24), "b": MixtureSource(other, ratio=0.5, by="tokens")})
     data.rows("train")
     assert one.asked == (10, None)
     assert other.asked == (None, -(-data.rows("train").tokens()["task"] // 2))

@@ -171,7 +171,9 @@ def test_selfaug_plus_without_self_dialogues_is_selfaug(talk: Runs, tmp_path: Pa
     assert equal(adapter(one), adapter(other))
 
 
-@pytest.mark.parametrize("more", [[], ["data.packing=true"], ["reference.cache=memory"]], ids=["padded", "packed", "cached"])
+@pytest.mark.parametrize(
+    "more", [[], ["data.packing=true"], ["reference.cache=memory"]], ids=["padded", "packed", "cached"]
+)
 def test_a_mixture_of_files(talk: Runs, plain: Path, more: list[str]):
     """The aligned file has rows of its own, and the learned one changes what is learned."""
     mixed = [

@@ -28,7 +28,9 @@ class Script:
         self.uniforms.append(uniforms)
         self.how.append((temperature, top_p))
         said = [self.lines.pop(0) for _ in prompts]
-        return [Sampled(self.tokenizer("and" if line is None else line)["input_ids"], line is not None) for line in said]
+        return [
+            Sampled(self.tokenizer("and" if line is None else line)["input_ids"], line is not None) for line in said
+        ]
 
 
 def conversation(script, seeds=(), **settings):
@@ -107,7 +109,9 @@ def test_a_dialogue_of_a_tiny_model_does_not_depend_on_its_batch(recipe):
     model, tokenizer = tiny_model("llama", vocab_size=TOKENIZER_VOCAB), tiny_tokenizer()
 
     def sampler(prompts, uniforms, temperature, top_p):
-        return sample(model, tokenizer, prompts, uniforms, temperature=temperature, top_p=top_p, also_stop=range(40, 60))
+        return sample(
+            model, tokenizer, prompts, uniforms, temperature=temperature, top_p=top_p, also_stop=range(40, 60)
+        )
 
     settings = {"recipe": recipe, "turns": 2, "max_user_tokens": 40, "max_answer_tokens": 40, "temperature": 1.5}
     writer = conversation(sampler, ["Who?", "When is it?"], **settings)

@@ -97,7 +97,9 @@ def test_killed_and_resumed_is_never_killed(tmp_path, call):
 
 
 def test_filters_that_leave_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"Of the last 40 self-dialogues none could be kept \(endless question \d+, too"):
+    with pytest.raises(
+        UserError, match=r"Of the last 40 self-dialogues none could be kept \(endless question \d+, too"
+    ):
         extended(tmp_path, Wanted(dialogues=2), filters={"min_words": 1000})
 
 
@@ -119,7 +121,11 @@ def turn(question, answer="It is the cat that sat there."):
         ({"refusals": True}, turn("Who?", "I'm sorry, I cannot say."), "refusal"),
         ({"refusals": True}, turn("Who?"), None),
         ({"language": "en"}, turn("Where was the cat all day?", "It was sleeping in the garden of our house."), None),
-        ({"language": "en"}, turn("Wo war die Katze?", "Sie hat den ganzen Tag im Garten geschlafen."), "other language"),
+        (
+            {"language": "en"},
+            turn("Wo war die Katze?", "Sie hat den ganzen Tag im Garten geschlafen."),
+            "other language",
+        ),
         ({"duplicates": "exact"}, turn("  one two THREE four five six"), "duplicate"),
         ({"duplicates": "exact"}, turn("one two three four five"), None),
         ({"duplicates": "near"}, turn("one two three four five"), "near duplicate"),  # 3 of 4 sequences
