@@ -149,9 +149,11 @@ def data(config: DictConfig) -> RagDataModule:
 def mixture(config: DictConfig) -> dict[str, MixtureSource]:
     """The further data sources by name; nothing is read, and no self-dialogue written, before its first use."""
     found = {}
-    for name, node in (plain(config.data).get("mixture") or {}).items():
-        settings = dict(node or {})
-        source = make(settings.pop("source", {}), "mixture")
+    for name, node in (config.data.get("mixture") or {}).items():
+        settings = plain(node)
+        settings.pop("source", None)
+        # The node itself, whose errors name the whole setting.
+        source = make(node.get("source") or {}, "mixture")
         if isinstance(source, SelfDialogues):
             source.writer = partial(_written, config)
         found[str(name)] = call(MixtureSource, "mixture", source=source, **settings)

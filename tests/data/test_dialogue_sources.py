@@ -104,7 +104,7 @@ def test_rows_that_are_no_dialogues(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "set").mkdir()
     written(tmp_path / "set" / "train.jsonl", [{"question": "Who?"}])
-    with pytest.raises(UserError, match="row 1 of .* is no dialogue"):
+    with pytest.raises(UserError, match=r"row 1 of .* is no dialogue"):
         list(HubDialogues(str(tmp_path / "set")).dialogues())
 
 

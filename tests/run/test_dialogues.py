@@ -178,8 +178,8 @@ def test_a_mixture_of_files(talk: Runs, plain: Path, more: list[str]):
     """The aligned file has rows of its own, and the learned one changes what is learned."""
     mixed = [
         "method=replay_kl", "mixture@data.mixture.replay=jsonl", "data.mixture.replay.source.path=dialogues.jsonl",
-        "+mixture@data.mixture.texts=jsonl", "data.mixture.texts.source.path=texts.jsonl", "data.mixture.texts.ratio=0.2",
-        "data.mixture.texts.by=tokens", "method.ratio=0.5",
+        "+mixture@data.mixture.texts=jsonl", "data.mixture.texts.source.path=texts.jsonl", "method.ratio=0.5",
+        "data.mixture.texts.ratio=0.2", "data.mixture.texts.by=tokens",
     ]  # fmt: skip
     run = talk.done(*mixed, *QUICK, *more)
     used = results(run)["data"]["used"]
@@ -230,7 +230,7 @@ def test_mistakes_in_one_sentence(talk: Runs, overrides: list[str], words: tuple
 
 def test_the_module_runs(talk: Runs):
     text = subprocess.run(
-        [sys.executable, "-m", "selfaug.dialogues", "--help"], capture_output=True, text=True, check=True, cwd=talk.path,
-        env={**os.environ, **talk.environment()},
+        [sys.executable, "-m", "selfaug.dialogues", "--help"], capture_output=True, text=True, check=True,
+        cwd=talk.path, env={**os.environ, **talk.environment()},
     ).stdout  # fmt: skip
     assert "self_dialogues" in text
