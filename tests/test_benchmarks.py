@@ -10,7 +10,20 @@ import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import common, data, evaluation, goals, linear_kl, long_context, official, peers, step, sweep, tables
+from benchmarks import (
+    common,
+    data,
+    dialogues,
+    evaluation,
+    goals,
+    linear_kl,
+    long_context,
+    official,
+    peers,
+    step,
+    sweep,
+    tables,
+)
 from selfaug.model.decoder import Head
 from selfaug.objective import LogitAlignment, States
 from tests.evaluation.retention.tiny_items import items  # noqa: F401
@@ -129,6 +142,13 @@ def test_evaluation(tmp_path, items, monkeypatch):  # noqa: F811
     assert {row["implementation"] for row in rows} == set(evaluation.BACKENDS)
     assert all(row["same"] == 1 for row in rows)
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_dialogues(tmp_path):
+    save_tiny(tmp_path / "model")
+    rows = run(dialogues.main, tmp_path / "dialogues.json", "--model", str(tmp_path / "model"))
+    assert [row["implementation"] for row in rows] == ["transformers", "batch-1", "batch-4"]
+    assert all(row["tokens"] > 0 and row["tokens_per_s"] > 0 for row in rows)
 
 
 def test_sweep(workspace: Runs, tmp_path, monkeypatch):

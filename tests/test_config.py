@@ -26,7 +26,10 @@ NEEDED = {
     ("data", "crag"): ("data.path=crag.jsonl.bz2",),
     ("size", "paper"): ("data.path=crag.jsonl.bz2",),
     ("experiment", "model_scale"): ("data.path=crag.jsonl.bz2",),
+    ("mixture", "jsonl"): ("data.mixture.more.source.path=mine.jsonl",),
 }
+# Groups that are added under a name of the user's.
+ADDED = {"mixture": "+mixture@data.mixture.more"}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def chosen(group: str, name: str) -> DictConfig:
-    return composed(f"{group}={name}", *NEEDED.get((group, name), ()))
+    return composed(f"{ADDED.get(group, group)}={name}", *NEEDED.get((group, name), ()))
 
 
 def names(group: str) -> list[str]:
@@ -71,7 +74,7 @@ def test_every_method_instantiates(method: str, alignment: str):
     objective = build.objective(config)
     assert isinstance(objective, Objective)
     assert objective.names[0] == "nll"
-    terms = set(config.method.terms) if alignment != "none" else set()
+    terms = {name for name, term in config.method.terms.items() if term.get("position") != "none"}
     assert {name.replace("hidden", "kl") for name in objective.terms} == terms
 
 
@@ -85,7 +88,7 @@ def test_every_adapter_instantiates(name: str):
     [
         "paths.runs_dir=/elsewhere", "logger=wandb", "logger=tensorboard", "progress=false", "tags=[a,b]",
         "data.num_workers=3", "force=true", "ckpt_path=null", "callbacks.checkpoint_every_n_steps=3", "debug=traceback",
-        "method=selfaug", "alignment=input_logits", "seed=1",
+        "method=selfaug", "alignment=input_logits", "seed=1", "self_dialogues=bait", "self_dialogues.turns=3",
     ],
 )  # fmt: skip
 def test_what_does_not_change_the_result_keeps_the_hash(override: str):
@@ -99,7 +102,8 @@ def test_what_does_not_change_the_result_keeps_the_hash(override: str):
         "alignment.divergence=kl_tuned_base", "seed=2", "optimizer.lr=1e-4", "method=lora", "adapter.r=8",
         "data=rag_instruct", "data.batch_size=8", "data.limit_train=10", "data.prompt.max_tokens=512",
         "model=qwen2_5_7b", "model.dtype=float32", "trainer.max_epochs=2", "trainer.precision=32-true",
-        "evaluation.rag.limit=10", "trainer=ddp", "debug=smoke",
+        "evaluation.rag.limit=10", "trainer=ddp", "debug=smoke", "method=sa_sft", "data.batch_counts=task",
+        "+mixture@data.mixture.more=alpaca_sample",
     ],
 )  # fmt: skip
 def test_what_changes_the_result_changes_the_hash(override: str):
@@ -139,6 +143,29 @@ def test_terms_are_combined_freely():
     ]
 
 
+@pytest.mark.parametrize("method", ["sa_sft", "magpie", "self_kl", "selfaug_plus"])
+def test_settings_of_self_dialogues_change_the_hash_where_they_are_used(method: str):
+    plain = config_hash(composed(f"method={method}"))
+    for change in ("self_dialogues.turns=2", "self_dialogues=bait", "method.ratio=0.3", "self_dialogues.seed=1"):
+        config = composed(f"method={method}", change)
+        assert config_hash(config) != plain
+        assert config.data.mixture.self_dialogues.ratio == config.method.ratio
+
+
+def test_a_source_of_a_method_can_be_another():
+    config = composed("method=replay", "mixture@data.mixture.replay=ultrachat", "method.ratio=0.5")
+    assert config.data.mixture.replay.source.repo == "HuggingFaceH4/ultrachat_200k"
+    assert config.data.mixture.replay.ratio == 0.5
+    assert not composed("method=replay_kl", "mixture@data.mixture.replay=ultrachat").data.mixture.replay.nll
+
+
+def test_magpie_samples_as_magpie_does_unless_told_otherwise():
+    source = composed("method=magpie").data.mixture.self_dialogues.source
+    assert (source.temperature, source.top_p, source.answer_temperature) == (0.7, 1.0, 0.0)
+    assert composed("method=magpie", "self_dialogues=bait").data.mixture.self_dialogues.source.recipe == "bait"
+    assert composed("method=sa_sft").data.mixture.self_dialogues.source.answer_top_p == 0.9
+
+
 # ---- experiments ---------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +200,8 @@ def test_every_row_of_every_experiment_is_a_run(name: str, size: str):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_plain_lora_beside_it(name: str):
     params = swept(name, *NEEDED.get(("experiment", name), ()))
-    assert "none" in params.get("alignment", []) or "0.0" in params.get("alignment.alpha", [])
+    plain = {"alignment": "none", "alignment.alpha": "0.0", "method": "lora", "method.ratio": "0.0"}
+    assert any(value in params.get(name, []) for name, value in plain.items())
 
 
 def test_the_positions_are_all_there():

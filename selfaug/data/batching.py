@@ -6,17 +6,17 @@ between two micro-batches.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from selfaug.data.collate import collate, pack
+from selfaug.data.text import hash64
 from selfaug.objective.batch import IGNORE, TASK, TokenBatch
 
 _NOBODY = -1
@@ -52,6 +52,9 @@ class StepSampler(Sampler[list[MicroBatch]]):
     Which examples make up a step is a function of seed and epoch alone. Within a step they are sorted by length, dealt
     to the processes and cut into micro-batches (`cut`); the loss does not depend on any of it.
 
+    Where there are several data sources, each is shuffled by itself, the task as it would be without the others, and
+    the k-th of the n examples of a source stands at (k + 1/2) / n of the epoch: every step has its share of each.
+
     Args:
         lengths: [n] tokens of each example.
         step_size: examples in one optimiser step, over all processes.
@@ -59,6 +62,9 @@ class StepSampler(Sampler[list[MicroBatch]]):
         micro_batch_tokens: tokens computed in one forward pass, padding included; None for no limit. A longer example
             gets a pass of its own.
         packing: the examples of a micro-batch will be packed and not padded.
+        sources: examples of each data source, in the order of `lengths`, the task's first; None: all are the task's.
+        on_top: step_size counts the task's examples alone, and the shares of the others are added to each step. The
+            steps then are those of the run without the others, with more in them.
     """
 
     def __init__(
@@ -73,15 +79,18 @@ class StepSampler(Sampler[list[MicroBatch]]):
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        sources: Mapping[str, int] | None = None,
+        on_top: bool = False,
     ):
         self.lengths, self.step_size = lengths, step_size
+        self.sources, self.on_top = dict(sources or {TASK: len(lengths)}), on_top
         self.micro_batch_size, self.micro_batch_tokens, self.packing = micro_batch_size, micro_batch_tokens, packing
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.epoch = 0
         self.first_step = 0  # where the next iteration begins: set when a run resumes within an epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.step_size)
+        return -(-(self.sources[TASK] if self.on_top else len(self.lengths)) // self.step_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of each epoch."""
@@ -89,11 +98,29 @@ class StepSampler(Sampler[list[MicroBatch]]):
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         first, self.first_step = self.first_step, 0
-        order = np.arange(len(self.lengths))
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
+        order, steps = self._order()
+        ends = np.searchsorted(steps, np.arange(len(self) + 1))
         for step in range(first, len(self)):
-            yield self._step(order[step * self.step_size : (step + 1) * self.step_size])
+            yield self._step(order[ends[step] : ends[step + 1]])
+
+    def _order(self) -> tuple[np.ndarray, np.ndarray]:
+        """[n] the examples in the order of the epoch, and the step that each is in."""
+        examples, places, steps = [], [], []
+        start, of_task = 0, self.sources[TASK]
+        for name, number in self.sources.items():
+            own = np.arange(start, start + number)
+            start += number
+            if self.shuffle:
+                # By name and not by number: another source beside it changes nothing.
+                seed = [self.seed, self.epoch] if name == TASK else [self.seed, self.epoch, hash64(name)]
+                own = np.random.default_rng(seed).permutation(own)
+            middle = 2 * np.arange(number) + 1  # of the k-th of n, times 2n
+            examples.append(own)
+            places.append(middle / (2 * max(number, 1)))
+            steps.append(middle * of_task // (2 * max(number, 1) * self.step_size))
+        order = np.argsort(np.concatenate(places), kind="stable")
+        in_step = np.concatenate(steps)[order] if self.on_top else np.arange(len(order)) // self.step_size
+        return np.concatenate(examples)[order], in_step
 
     def _step(self, indices: np.ndarray) -> list[MicroBatch]:
         by_length = indices[np.argsort(self.lengths[indices], kind="stable")]
@@ -144,9 +171,9 @@ def cut(lengths: np.ndarray, size: int | None, tokens: int | None, packing: bool
 
 
 class StepDataset(TorchDataset):
-    """Turns what StepSampler yields into Steps of tensors, padded or packed."""
+    """Turns what StepSampler yields into Steps of tensors, padded or packed. rows: of the token cache, or MixedRows."""
 
-    def __init__(self, rows: Dataset, pad_id: int, packing: bool = False, source_names: tuple[str, ...] = (TASK,)):
+    def __init__(self, rows: Any, pad_id: int, packing: bool = False, source_names: tuple[str, ...] = (TASK,)):
         self.rows, self.pad_id, self.packing, self.source_names = rows, pad_id, packing, source_names
 
     def __getitem__(self, micro_batches: list[MicroBatch]) -> Step:

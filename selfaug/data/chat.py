@@ -73,6 +73,11 @@ class ChatFormat:
         )
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that are markup and no text."""
+        return frozenset(self._special)
+
+    @property
     def template(self) -> str:
         """The Jinja text that is used."""
         return str(self._given or self.tokenizer.chat_template)

@@ -1,16 +1,18 @@
 """The data of a run: a source, worded as prompts, tokenised, cut into optimiser steps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 
 from selfaug.data.batching import StepDataset, StepLoader, StepSampler
+from selfaug.data.mixture import MixedRows, Mixture, MixtureSource, Part, lengths_of
 from selfaug.data.prompt import PromptBuilder, PromptConfig
 from selfaug.data.schema import Source, Split
 from selfaug.data.tokenised import TokenisedData, tokenise
 from selfaug.errors import UserError
+from selfaug.objective.batch import TASK
 from selfaug.paths import cache_dir
 
 
@@ -26,6 +28,8 @@ class RagDataModule(L.LightningDataModule):
         micro_batch_tokens: tokens computed in one forward pass of one process, padding included; None for no limit.
         packing: put the examples of a forward pass one after another in one row instead of padding them.
         limit_train, limit_val: use the first so many examples; None for all.
+        mixture: further data sources for the training, by name (mixture.py).
+        batch_counts: what batch_size counts: all examples of a step, or the task's alone, the others coming on top.
         seed: of the order of the training examples.
         cache: where the token cache lies; default selfaug's cache directory.
     """
@@ -43,6 +47,8 @@ class RagDataModule(L.LightningDataModule):
         limit_train: int | None = None,
         limit_val: int | None = None,
         num_workers: int = 0,
+        mixture: Mapping[str, MixtureSource] | None = None,
+        batch_counts: str = "all",
         seed: int = 0,
         cache: Path | None = None,
         progress: bool = True,
@@ -55,6 +61,8 @@ class RagDataModule(L.LightningDataModule):
                 raise UserError(f"data.{name}={limit} is not allowed: set it to at least 1, or to null for no limit.")
         if not isinstance(packing, bool):
             raise UserError(f"data.packing={packing} is not allowed: set it to true or false.")
+        if batch_counts not in ("all", TASK):
+            raise UserError(f"data.batch_counts={batch_counts} is unknown: set it to all or {TASK}.")
         self.source, self.tokenizer = source, tokenizer
         self.builder = PromptBuilder(tokenizer, prompt)
         self.batch_size, self.packing = batch_size, packing
@@ -62,6 +70,11 @@ class RagDataModule(L.LightningDataModule):
         self.limits: dict[str, int | None] = {"train": limit_train, "val": limit_val, "test": None}
         self.num_workers, self.seed, self.progress = num_workers, seed, progress
         self.cache = cache or cache_dir()
+        self.batch_counts = batch_counts
+        self.mixture = Mixture(
+            mixture or {}, self.builder.chat, self.builder.max_tokens, seed=seed, cache=self.cache, progress=progress
+        )
+        self._mixed: MixedRows | None = None
         self._data: TokenisedData | None = None
         self._train_loader: StepLoader | None = None
         self._steps_done = 0  # in the current epoch, when a run resumes
@@ -76,10 +89,24 @@ class RagDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         _ = self.data
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the training reads; `data.fingerprint` is the task's alone."""
+        if self.mixture.sources:
+            self.rows("train")
+        return self.mixture.fingerprint(self.data.fingerprint)
+
     def rows(self, split: Split) -> Any:
-        """The examples of a split that this run uses."""
+        """The examples of a split that this run uses: of the training also those that are mixed in (MixedRows)."""
         rows, limit = self.data[split], self.limits[split]
-        return rows if limit is None else rows.select(range(min(limit, len(rows))))
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        if not self.mixture.sources:
+            return rows
+        if split != "train":
+            return MixedRows([Part(TASK, rows)])
+        if self._mixed is None:
+            self._mixed = self.mixture.rows(rows)
+        return self._mixed
 
     def train_dataloader(self) -> StepLoader:
         self._train_loader = self._loader("train", shuffle=True)
@@ -106,7 +133,7 @@ class RagDataModule(L.LightningDataModule):
     def _loader(self, split: Split, shuffle: bool) -> StepLoader:
         rows = self.rows(split)
         sampler = StepSampler(
-            np.asarray(rows.with_format("numpy")["length"]),
+            lengths_of(rows),
             step_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
             micro_batch_tokens=self.micro_batch_tokens,
@@ -115,8 +142,10 @@ class RagDataModule(L.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             world=self._world,
+            sources=rows.sizes if isinstance(rows, MixedRows) else None,
+            on_top=self.batch_counts == TASK,
         )
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        dataset = StepDataset(rows, pad_id, self.packing)
+        dataset = StepDataset(rows, pad_id, self.packing, self.mixture.names)
         return StepLoader(dataset, sampler, num_workers=self.num_workers, pin_memory=pinned)

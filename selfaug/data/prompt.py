@@ -70,7 +70,7 @@ class Prompted:
     prompt_length: int
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     """A piece of the prompt's text. document: the rank of the document that it is, 0 for all else."""
 
     text: str
@@ -139,7 +139,7 @@ class PromptBuilder:
                 segments[i] = self._segments(example, documents)
                 again = self._encode_segments([segments[i]])
                 ids, offsets = again["input_ids"][0], again["offset_mapping"][0]
-            roles, ranks = _of_tokens(segments[i], offsets)
+            roles, ranks = of_tokens(segments[i], offsets)
             roles += [int(Role.RESPONSE)] * len(response)
             ranks += [0] * len(response)
             prompted = Prompted(example, ids + response, roles, ranks, prompt_length=len(ids))
@@ -157,18 +157,18 @@ class PromptBuilder:
 
     # ---- one example ----------------------------------------------------------------------------------------------
 
-    def _segments(self, example: Example, documents: Sequence[Document]) -> list[_Segment]:
+    def _segments(self, example: Example, documents: Sequence[Document]) -> list[Segment]:
         ranked = list(enumerate(documents, start=1))
         if self.config.shuffle_documents:
             random.Random(f"{self.config.seed}/{example.id}").shuffle(ranked)
-        parts = [_Segment(self.chat.before + self.config.instruction + "\n\n", Role.TEMPLATE)]
+        parts = [Segment(self.chat.before + self.config.instruction + "\n\n", Role.TEMPLATE)]
         for number, (rank, document) in enumerate(ranked, start=1):
-            parts.append(_Segment(f"[{number}] ", Role.TEMPLATE))
-            parts.append(_Segment(self._document_text(document), Role.DOCUMENT, rank))
-            parts.append(_Segment("\n\n", Role.TEMPLATE))
-        parts.append(_Segment("Question: ", Role.TEMPLATE))
-        parts.append(_Segment(self.chat.defuse(example.question), Role.QUESTION))
-        return [*parts, _Segment(self.chat.after, Role.TEMPLATE)]
+            parts.append(Segment(f"[{number}] ", Role.TEMPLATE))
+            parts.append(Segment(self._document_text(document), Role.DOCUMENT, rank))
+            parts.append(Segment("\n\n", Role.TEMPLATE))
+        parts.append(Segment("Question: ", Role.TEMPLATE))
+        parts.append(Segment(self.chat.defuse(example.question), Role.QUESTION))
+        return [*parts, Segment(self.chat.after, Role.TEMPLATE)]
 
     def _document_text(self, document: Document) -> str:
         return self.chat.defuse(f"{document.title}\n{document.text}" if document.title else document.text)
@@ -212,10 +212,10 @@ class PromptBuilder:
         return Document(text, document.title, document.gold) if text else None
 
     def _prompt_tokens(self, example: Example, documents: Sequence[Document]) -> int:
-        return self.count_tokens([_text(self._segments(example, documents))])[0]
+        return self.count_tokens([text_of(self._segments(example, documents))])[0]
 
-    def _encode_segments(self, segments: list[list[_Segment]]) -> Any:
-        return self.chat.encode([_text(parts) for parts in segments], offsets=True)
+    def _encode_segments(self, segments: list[list[Segment]]) -> Any:
+        return self.chat.encode([text_of(parts) for parts in segments], offsets=True)
 
     def _count(self, prompted: Prompted) -> None:
         if self.chat.markup is not None:
@@ -229,11 +229,11 @@ class PromptBuilder:
         self.stats.template_tokens += int(counts[Role.TEMPLATE])
 
 
-def _text(segments: list[_Segment]) -> str:
+def text_of(segments: list[Segment]) -> str:
     return "".join(segment.text for segment in segments)
 
 
-def _of_tokens(segments: list[_Segment], offsets: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+def of_tokens(segments: list[Segment], offsets: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Role and document of each token: those of its middle character; of a token without characters, TEMPLATE and 0."""
     sizes = [len(segment.text) for segment in segments]
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)

@@ -1,4 +1,5 @@
-"""The token cache: every split of a source as one memory-mapped Arrow file, built once for each fingerprint.
+"""The token cache: every split of a source as one memory-mapped Arrow file, built once for each fingerprint; so too the
+dialogues of another data source.
 
 Examples are streamed from the source through the prompt builder to disk in blocks, so that the size of a data set is
 bounded by the disk and not by the memory. A cache entry is a directory that appears whole (built beside its place,
@@ -11,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,7 @@ import pyarrow as pa
 from datasets import Dataset
 from tqdm import tqdm
 
+from selfaug.data.dialogue import DialogueBuilder, DialogueSource, DialogueStats
 from selfaug.data.prompt import PromptBuilder, Prompted, PromptStats
 from selfaug.data.schema import SPLITS, Source, Split
 from selfaug.errors import UserError
@@ -41,6 +44,7 @@ _SCHEMA = pa.schema(
         "answerable": pa.bool_(),
     }
 )
+_DIALOGUE_SCHEMA = pa.schema([_SCHEMA.field(name) for name in ("id", "input_ids", "roles", "documents", "length")])
 
 
 class TokenisedData:
@@ -60,20 +64,67 @@ def tokenise(source: Source, builder: PromptBuilder, cache: Path, progress: bool
 
     Raises UserError for bad input (see the source), and where no training example is left.
     """
-    key = hashlib.sha256(json.dumps([_FORMAT, source.fingerprint(), builder.fingerprint()]).encode()).hexdigest()[:20]
+
+    def write(work: Path) -> dict[str, Any]:
+        return {split: _write_split(source, split, builder, work, progress) for split in SPLITS}
+
+    data = TokenisedData(_entry(cache, [_FORMAT, source.fingerprint(), builder.fingerprint()], write))
+    _report(data)
+    return data
+
+
+class TokenisedDialogues:
+    """The dialogues of a source as a data set, `rows` (columns: _DIALOGUE_SCHEMA); `stats` is a DialogueStats as a
+    dictionary, `fingerprint` of all of it."""
+
+    def __init__(self, directory: Path):
+        self.fingerprint = directory.name
+        self.stats: dict[str, int] = json.loads((directory / "stats.json").read_text())
+        self.rows = Dataset.from_file(str(directory / "dialogues.arrow"))
+
+
+def tokenise_dialogues(
+    source: DialogueSource, builder: DialogueBuilder, cache: Path, name: str, progress: bool = True
+) -> TokenisedDialogues:
+    """The token cache of another data source, called `name` in messages, under `cache`, built if it is not there yet.
+
+    Raises UserError for bad input (see the source), and where no dialogue is left.
+    """
+
+    def write(work: Path) -> dict[str, Any]:
+        return _write_dialogues(source, builder, work, name, progress)
+
+    found = TokenisedDialogues(
+        _entry(cache, [_FORMAT, "dialogues", source.fingerprint(), builder.fingerprint()], write)
+    )
+    stats = DialogueStats(**found.stats)
+    if stats.cut or stats.dropped_long or stats.dropped_silent:
+        log.warning(
+            "%s: of %d dialogues %d lost their last turns (or the end of a text) to fit max_tokens=%s, %d were dropped "
+            "because not even their first answer fits, and %d because there is nothing to learn in them",
+            name, stats.dialogues, stats.cut, builder.max_tokens, stats.dropped_long, stats.dropped_silent,
+        )  # fmt: skip
+    if not len(found.rows):
+        raise UserError(
+            f"data.mixture.{name} has no dialogue left: check its source, and raise data.mixture.{name}.max_tokens if "
+            "all were dropped."
+        )
+    return found
+
+
+def _entry(cache: Path, fingerprint: list[Any], write: Callable[[Path], dict[str, Any]]) -> Path:
+    """The directory of an entry; where there is none, `write` fills it and returns its statistics."""
+    key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:20]
     directory = cache / "tokens" / key
     if not (directory / "stats.json").is_file():
         directory.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=directory.parent))
         try:
-            stats = {split: _write_split(source, split, builder, work, progress) for split in SPLITS}
-            (work / "stats.json").write_text(json.dumps(stats, indent=1))
+            (work / "stats.json").write_text(json.dumps(write(work), indent=1))
             _publish(work, directory)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    data = TokenisedData(directory)
-    _report(data)
-    return data
+    return directory
 
 
 def _write_split(source: Source, split: Split, builder: PromptBuilder, work: Path, progress: bool) -> dict[str, int]:
@@ -88,6 +139,33 @@ def _write_split(source: Source, split: Split, builder: PromptBuilder, work: Pat
             rows = [_row(prompted) for prompted in builder.build(block)]
             if rows:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+            bar.update(len(block))
+    return asdict(builder.stats)
+
+
+def _write_dialogues(
+    source: DialogueSource, builder: DialogueBuilder, work: Path, name: str, progress: bool
+) -> dict[str, int]:
+    builder.stats = DialogueStats()
+    dialogues = iter(source.dialogues())
+    with (
+        pa.OSFile(str(work / "dialogues.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, _DIALOGUE_SCHEMA) as writer,
+        tqdm(desc=f"tokenising {name}", unit=" dialogues", disable=not progress) as bar,
+    ):
+        for block in iter(lambda: list(islice(dialogues, _BLOCK)), []):
+            rows = [
+                {
+                    "id": tokens.dialogue.id,
+                    "input_ids": tokens.input_ids,
+                    "roles": tokens.roles,
+                    "documents": [0] * len(tokens.input_ids),
+                    "length": len(tokens.input_ids),
+                }
+                for tokens in builder.build(block)
+            ]
+            if rows:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_DIALOGUE_SCHEMA))
             bar.update(len(block))
     return asdict(builder.stats)
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from selfaug.evaluation.roomy_cache import roomy_cache
 
@@ -71,11 +71,7 @@ def generate(
     answers = [""] * len(prompts)
     lengths = [len(prompt) for prompt in prompts]
     with (
-        torch.inference_mode(),
-        evaluating(model),
-        _settings(inner, settings),
-        _contiguous_head(inner),
-        _positions_in_autocast(inner),
+        ready_to_generate(model, settings),
         tqdm(total=len(prompts), desc=description, unit=" answers", disable=not progress) as bar,
     ):
         for indices in length_batches(lengths, tokens_per_batch, extra=max_new_tokens):
@@ -91,7 +87,7 @@ def generate(
                 text = _text(tokenizer, tokens, stops) if until else ""
                 return any(token in stops for token in tokens) or any(end in text for end in until)
 
-            for row, tokens in _grow(model, settings, ids.to(device), mask.to(device), max_new_tokens, ended):
+            for row, tokens in grow(model, settings, ids.to(device), mask.to(device), max_new_tokens, ended):
                 text = _text(tokenizer, tokens, stops)
                 text = text[: min((at for end in until if (at := text.find(end)) >= 0), default=len(text))]
                 answers[indices[row]] = text.strip() if strip else text
@@ -99,21 +95,29 @@ def generate(
     return answers
 
 
-def _grow(
+def grow(
     model: Any,
     settings: GenerationConfig,
     ids: torch.Tensor,
     mask: torch.Tensor,
     most: int,
     ended: Callable[[list[int]], bool],
+    choose: Callable[[list[int], int, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """(row, its new tokens) of a left-padded batch [B, T], as soon as the row has `ended` or has `most` tokens."""
+    """(row, its new tokens) of a left-padded batch [B, T], as soon as the row has `ended` or has `most` tokens.
+
+    choose: takes the rows that are still there [R], how many new tokens they have, and their logits [R, V]; returns
+    the next token of each [R]. None: the likeliest one.
+    """
     rows = list(range(len(ids)))
     width = ids.shape[1]
     cache = roomy_cache(settings_of(model))
     while rows:
         settings.max_new_tokens = min(STRIDE, width + most - ids.shape[1])
-        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache,
+            logits_processor=None if choose is None else LogitsProcessorList([_Chosen(choose, rows, width)]),
+        )  # fmt: skip
         new = out[:, width:].tolist()
         last = out.shape[1] - ids.shape[1] < settings.max_new_tokens or len(new[0]) >= most
         done = [last or ended(tokens) for tokens in new]
@@ -124,6 +128,17 @@ def _grow(
         ids = out[kept]
         if rows and len(kept) < len(done):
             keep_rows(cache, torch.as_tensor(kept, device=out.device))
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves argmax, which transformers takes, no choice but the token that `choose` takes."""
+
+    def __init__(self, choose: Callable[[list[int], int, torch.Tensor], torch.Tensor], rows: list[int], width: int):
+        self.choose, self.rows, self.width = choose, rows, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = self.choose(self.rows, input_ids.shape[1] - self.width, scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def keep_rows(cache: Any, rows: torch.Tensor) -> None:
@@ -173,6 +188,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def ready_to_generate(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Inside, model.generate() does what `settings` say and nothing else, without gradients, as fast as it can."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    with (
+        torch.inference_mode(),
+        evaluating(model),
+        _settings(inner, settings),
+        _contiguous_head(inner),
+        _positions_in_autocast(inner),
+    ):
+        yield
 
 
 @contextmanager

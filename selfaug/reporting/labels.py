@@ -13,8 +13,12 @@ from selfaug.reporting.cells import clean
 
 PLAIN = "plain LoRA"
 
-# `alignment` only feeds method.terms, where it is named once more.
-_IGNORED_GROUPS = frozenset({"alignment", "callbacks", "force", "hydra", "logger", "paths", "progress"})
+# `alignment` only feeds method.terms and `self_dialogues` data.mixture, where they are named once more.
+_IGNORED_GROUPS = frozenset(
+    {"alignment", "callbacks", "force", "hydra", "logger", "paths", "progress", "self_dialogues"}
+)
+# What belongs to a method: its data recipe too.
+_METHOD = ("method.", "data.mixture", "data.batch_counts")
 _IGNORED_NAMES = frozenset({"seed", "run_name", "tags", "notes", "resume", "ckpt_path", "dirpath"})
 # Only at the top: a nested `name` (of a model, of a data set) is often the setting that differs.
 _IGNORED_AT_TOP = frozenset({"name", "task_name", "group", "output"})
@@ -28,10 +32,17 @@ def is_plain(config: dict[str, Any]) -> bool:
     method = config.get("method")
     if not isinstance(method, dict):
         return False
+    mixture = (config.get("data") or {}).get("mixture") or {}
+    if any(_mixes(source) for source in mixture.values()):
+        return False
     terms = method.get("terms")
     if not terms:
-        return method.get("name") == "lora"
+        return method.get("name") == "lora" or (bool(mixture) and not method.get("weights"))
     return isinstance(terms, dict) and all(_adds_nothing(term) for term in terms.values())
+
+
+def _mixes(source: Any) -> bool:
+    return not isinstance(source, dict) or source.get("ratio") != 0
 
 
 def _adds_nothing(term: Any) -> bool:
@@ -120,7 +131,7 @@ def position_of(config: dict[str, Any]) -> str | None:
 
 
 def _of_method(key: str) -> bool:
-    return key.startswith("method.")
+    return key.startswith(_METHOD)
 
 
 def _telling(method: list[dict[str, Any]]) -> list[dict[str, Any]]:

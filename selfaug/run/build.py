@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from selfaug.data.datamodule import RagDataModule
+from selfaug.data.mixture import MixtureSource, check_source
 from selfaug.data.prompt import PromptConfig
+from selfaug.data.sources.self_dialogues import SelfDialogues
 from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import verify_decoder, verify_packing
@@ -26,6 +29,8 @@ from selfaug.objective.alphas import Alphas
 from selfaug.paths import cache_dir
 from selfaug.run.identity import caches_reference
 from selfaug.run.machine import room
+from selfaug.self_dialogues.settings import Settings
+from selfaug.self_dialogues.store import DialogueStore, Wanted
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -119,6 +124,7 @@ def check(config: DictConfig) -> None:
     for name, instead in _NOT_FOR_THE_TRAINER.items():
         if name in config.trainer:
             raise UserError(f"trainer.{name} is not supported: set {instead} instead.")
+    mixture(config)
     objective(config)
     call(OptimizerConfig, "optimizer", **plain(config.optimizer))
     precision(config)
@@ -131,12 +137,34 @@ def data(config: DictConfig) -> RagDataModule:
     node = plain(config.data)
     prompt = call(PromptConfig, "data/prompt", **node.pop("prompt"))
     source = make(node.pop("source"), "data")
+    node["mixture"] = mixture(config)
     for shorthand in ("name", "path", "context_tokens", "answer_tokens"):  # they only feed other settings
         node.pop(shorthand, None)
     return call(
         RagDataModule, "data", source=source, tokenizer=tokenizer, prompt=prompt, seed=config.seed,
         progress=config.progress, **node,
     )  # fmt: skip
+
+
+def mixture(config: DictConfig) -> dict[str, MixtureSource]:
+    """The further data sources by name; nothing is read, and no self-dialogue written, before its first use."""
+    found = {}
+    for name, node in (config.data.get("mixture") or {}).items():
+        settings = plain(node)
+        settings.pop("source", None)
+        # The node itself, whose errors name the whole setting.
+        source = make(node.get("source") or {}, "mixture")
+        if isinstance(source, SelfDialogues):
+            source.writer = partial(_written, config)
+        found[str(name)] = call(MixtureSource, "mixture", source=source, **settings)
+        check_source(str(name), found[str(name)])
+    return found
+
+
+def _written(config: DictConfig, settings: Settings, wanted: Wanted) -> DialogueStore:
+    from selfaug.run.self_dialogues import written  # which builds a model
+
+    return written(config, settings, wanted)
 
 
 def base_model(config: DictConfig) -> torch.nn.Module:

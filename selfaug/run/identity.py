@@ -22,11 +22,11 @@ from selfaug.files import write_json, write_text
 
 log = logging.getLogger(__name__)
 
-# What does not change the result. `alignment` only feeds method.terms, which is in the hash where it is used; of
-# `reference` see config_hash.
+# What does not change the result. `alignment` only feeds method.terms and `self_dialogues` only data.mixture, which are
+# in the hash where they are used; of `reference` see config_hash.
 IRRELEVANT = frozenset(
     {"alignment", "callbacks", "ckpt_path", "force", "hydra", "logger", "paths", "progress", "reference", "run_name",
-     "tags"}
+     "self_dialogues", "tags"}
 )  # fmt: skip
 _IRRELEVANT_DATA = frozenset({"num_workers"})
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from selfaug.data.batching import StepSampler
 from selfaug.data.datamodule import RagDataModule
+from selfaug.data.mixture import lengths_of
 from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import Decoder
@@ -269,7 +270,7 @@ class MemoryPlan(L.Callback):
         steps = int(trainer.estimated_stepping_batches)  # this also makes the loader
         loader: Any = trainer.train_dataloader
         if goal.terms and cached and isinstance(goal.reference.entries, MemoryEntries):
-            train, val = (sum(self.data.rows(split)["length"]) for split in ("train", "val"))
+            train, val = (int(lengths_of(self.data.rows(split)).sum()) for split in ("train", "val"))
             tokens = train * min(steps / len(loader.sampler), 1) + val
             costs = replace(costs, cache=round(tokens * costs.measured.state_bytes))
         at = largest(loader.sampler, steps, costs)

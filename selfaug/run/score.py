@@ -15,6 +15,7 @@ from peft import PeftConfig
 from torch import nn
 
 from selfaug.data.datamodule import RagDataModule
+from selfaug.data.mixture import MixedRows
 from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, measure_drift
 from selfaug.evaluation.rag import answer_questions, samples, score_answers
@@ -26,6 +27,7 @@ from selfaug.evaluation.sandbox import check_sandbox
 from selfaug.evaluation.token_kl import token_kl
 from selfaug.model.load import load_adapter, load_tokenizer, locate
 from selfaug.model.reference import adapters_off
+from selfaug.objective.batch import TASK
 from selfaug.reporting.curves import read_curves
 from selfaug.reporting.results import Metric, Results, code_version, environment
 from selfaug.run import build
@@ -76,7 +78,13 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
     seconds = time.perf_counter() - started
     fitted = run.read_fit()
     results = as_results(config, measured, data)
-    results.data["used"]["train"] = len(data.rows("train"))
+    trained = data.rows("train")
+    if isinstance(trained, MixedRows):
+        results.data["used"]["train"] = trained.sizes[TASK]
+        results.data["used"] |= {name: size for name, size in trained.sizes.items() if name != TASK}
+        results.data["mixture"] = data.mixture.stats(trained)
+    else:
+        results.data["used"]["train"] = len(trained)
     results.time = {"fit_s": fitted["seconds"], "evaluate_s": seconds, "total_s": fitted["seconds"] + seconds}
     results.speed = {"train_tokens_per_s": fitted["tokens"] / fitted["seconds"] if fitted["seconds"] else None}
     results.memory = {"peak_bytes": fitted["peak_bytes"]}

@@ -486,8 +486,8 @@ def test_the_rank_is_that_of_retrieval_however_the_documents_are_shown(tiny):
 
 
 def test_a_token_without_characters_is_of_no_document():
-    segments = [prompt._Segment("ab", Role.TEMPLATE), prompt._Segment("cdef", Role.DOCUMENT, 3)]
-    roles, documents = prompt._of_tokens(segments, [(0, 2), (2, 4), (4, 4), (4, 6)])
+    segments = [prompt.Segment("ab", Role.TEMPLATE), prompt.Segment("cdef", Role.DOCUMENT, 3)]
+    roles, documents = prompt.of_tokens(segments, [(0, 2), (2, 4), (4, 4), (4, 6)])
     assert roles == [Role.TEMPLATE, Role.DOCUMENT, Role.TEMPLATE, Role.DOCUMENT]
     assert documents == [0, 3, 0, 3]
 

@@ -13,6 +13,10 @@ def config(name: str = "selfaug", term: dict[str, Any] | None = None, **rest: An
     return {"method": {"name": name, "terms": terms}, "adapter": {"r": 16}, **rest}
 
 
+def mixed(ratio: float) -> dict[str, Any]:
+    return {"mixture": {"other": {"ratio": ratio, "source": {"_target_": "a.B", "seed": 0}}}, "batch_counts": "all"}
+
+
 KL = {"_target_": "selfaug.objective.LogitAlignment", "alpha": 0.5, "position": "input_logits", "mask_target": False}
 
 
@@ -22,6 +26,8 @@ KL = {"_target_": "selfaug.objective.LogitAlignment", "alpha": 0.5, "position": 
         config("lora"),
         config("selfaug", {"position": "none"}),
         config("selfaug", KL | {"alpha": 0}),
+        config("sa_sft", data=mixed(0)),
+        config("selfaug_plus", KL | {"alpha": 0}, data=mixed(0.0)),
         config("selfaug", KL | {"alpha": 0.0, "schedule": None}),
         config("selfaug", KL | {"alpha": 0, "schedule": {"_target_": "selfaug.objective.schedules.Constant"}}),
     ],
@@ -42,6 +48,8 @@ def test_plain_lora_however_it_was_asked_for(plain):
         config(term=KL),
         config("lora", KL),
         config("magpie"),
+        config("lora", data=mixed(0.5)),
+        config("selfaug", KL | {"alpha": 0}, data=mixed(0.5)),
         config(term=KL | {"alpha": 0, "schedule": {"_target_": "selfaug.objective.schedules.Linear", "end": 1.0}}),
         {"method": {"name": "selfaug", "terms": {"a": KL | {"alpha": 0}, "b": KL}}},
         {"method": {"name": "selfaug", "terms": [KL]}},
@@ -55,6 +63,12 @@ def test_a_run_is_compared_with_plain_lora_of_its_own_settings():
     small, large = config("lora", adapter={"r": 8}), config("lora", adapter={"r": 64})
     assert baseline_key(config(term=KL, adapter={"r": 8})) == baseline_key(small) != baseline_key(large)
     assert baseline_key(config(term=KL, seed=3)) == baseline_key(config("lora", seed=1, paths={"runs_dir": "x"}))
+
+
+def test_mixtures_are_compared_with_plain_lora_and_named_by_their_ratio():
+    plain, runs = config("lora", data={"mixture": {}}), [config("sa_sft", data=mixed(r)) for r in (0.5, 1.0)]
+    assert {baseline_key(run) for run in runs} == {baseline_key(plain)}
+    assert row_labels([plain, *runs]) == [PLAIN, "ratio=0.5", "ratio=1.0"]
 
 
 def test_positions_are_named_by_the_position_alone():
