@@ -3,8 +3,9 @@
     L = (sum of NLL over the learned rows) / N_learned  +  sum over terms of alpha * (sum over its rows) / N_term
         + sum over parameter terms of alpha * penalty
 
-The learned rows are the output rows, unless a method leaves some out (rows.py). Every N counts the rows of the whole optimiser step, of all micro-batches and all processes, so that neither padding
-nor the way a step is cut into micro-batches changes the loss.
+The learned rows are the output rows, unless a method leaves some out (rows.py). Every N counts the rows of the whole
+optimiser step, of all micro-batches and all processes, so that neither padding nor the way a step is cut into
+micro-batches changes the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,8 +100,8 @@ class Objective:
                 term.modules(Decoder(model).body)
                 if not isinstance(self.reference, AdaptersOff):
                     raise UserError(
-                        f"alignment.position={term.position} compares states inside the model, which a cache does not "
-                        "keep: set reference.cache=off."
+                        f"alignment.position={term.position} compares states inside the model, which neither a cache "
+                        "nor a copy keeps: set reference.cache=off (and reference.copy=false, with an adapter)."
                     )
 
     def count(self, batch: TokenBatch) -> Tensor:
