@@ -101,7 +101,7 @@ class Objective:
                 if not isinstance(self.reference, AdaptersOff):
                     raise UserError(
                         f"alignment.position={term.position} compares states inside the model, which neither a cache "
-                        "nor a copy keeps: set reference.cache=off (and reference.copy=false, with an adapter)."
+                        "nor a copy keeps: set reference.cache=off (and reference.frozen_copy=false, with an adapter)."
                     )
 
     def count(self, batch: TokenBatch) -> Tensor:

@@ -214,11 +214,11 @@ def _sharded(config: DictConfig) -> bool:
 def reference(config: DictConfig) -> Reference:
     """Where the base model's states come from: adapters off, a cache of that, or a second model."""
     wanted = config.reference
-    if wanted.copy and caches_reference(config):
+    if wanted.frozen_copy and caches_reference(config):
         raise UserError(
-            f"reference.copy=true and reference.cache={wanted.cache} both keep the base model: set one of them."
+            f"reference.frozen_copy=true and reference.cache={wanted.cache} both keep the base model: set one of them."
         )
-    if wanted.copy:
+    if wanted.frozen_copy:
         return FrozenCopy(lambda: base_model(config), wanted.device)
     if not caches_reference(config):
         return AdaptersOff()
