@@ -27,6 +27,7 @@ CPU: dict[str, tuple[str, float]] = {
     "long_context": ("long_context --official", 15),
     "sweep": ("sweep", 90),
     "evaluation": ("evaluation", 40),
+    "full_finetuning": ("full_finetuning", 15),
     "serial_jobs": ("serial_jobs", 40),
 }
 _T = (1024, 4096, 16384)
@@ -36,6 +37,7 @@ _QWEN = "step --model random:qwen2.5-0.5b --examples 1 --rounds 7 --seconds 20"
 CUDA: dict[str, tuple[str, float]] = {
     "op": (f"linear_kl --dtypes bf16 --rounds 21 --seconds 5 --shapes {_OP_SHAPES}", 6),
     "step": (f"{_QWEN} --contexts 2048,8192,32768", 4),
+    "full_finetuning": ("full_finetuning --model random:qwen2.5-1.5b --context 2048 --examples 1", 3),
     "op_more": (f"linear_kl --dtypes bf16 --rounds 21 --seconds 5 --shapes {_MORE_SHAPES}", 4),
     "op_float32": ("linear_kl --dtypes float32 --rounds 11 --seconds 5 --shapes 4096x151936x896,2048x49152x576", 3),
     "step_long": (f"{_QWEN} --contexts 16384,32768 --checkpointing", 3),

@@ -67,7 +67,8 @@ class SelfAugModule(L.LightningModule):
     """Fine-tunes `model` with `objective`.
 
     Args:
-        model: a peft.PeftModel (or a transformers model with injected adapters).
+        model: a peft.PeftModel (or a transformers model with injected adapters), or, for full fine-tuning, a
+            transformers model; what requires gradients trains.
         objective: NLL and its terms.
         optimizer: AdamW and its schedule.
         seed: with the number of the step it seeds dropout, so that a resumed run draws what the first would have.

@@ -46,7 +46,7 @@ def _train(config: DictConfig, run: RunDirectory) -> Any:
     from selfaug.run.score import score
 
     if config.force:
-        for leftover in (run.adapter, run.checkpoints, run.evaluation):
+        for leftover in (run.adapter, run.model, run.checkpoints, run.evaluation):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in (run.results, run.path / "fit.json", run.path / "run.json", run.path / "metrics.csv"):
             leftover.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def _show(results: Any, directory: str) -> None:
             page.print(table)
     if results.samples:
         page.print(samples_panel(results))
-    page.print(f"Adapter, metrics and results.json: {directory}", soft_wrap=True, highlight=False)
+    page.print(f"Adapter or model, metrics and results.json: {directory}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from benchmarks import (
     data,
     dialogues,
     evaluation,
+    full_finetuning,
     goals,
     linear_kl,
     long_context,
@@ -87,6 +88,14 @@ def test_step(tmp_path):
     for row in rows.values():
         assert set(row) >= TIMES | {"extra_bytes", "total_bytes", "memory_ratio", "extra_ratio", "tokens_per_second"}
     assert rows["plain"]["ratio"] == rows["plain"]["memory_ratio"] == 1
+
+
+def test_full_finetuning(tmp_path):
+    rows = by_name(run(full_finetuning.main, tmp_path / "full.json"))
+    assert tuple(rows) == full_finetuning.MODES
+    assert all(row["total_bytes"] > 0 for row in rows.values())
+    assert rows["plain"]["copy_bytes"] > 0
+    assert rows["cache"]["gradient_error"] < 1e-2
 
 
 def test_modes_of_a_step_are_what_they_are_called():

@@ -8,8 +8,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from peft import LoraConfig, PeftConfig
 
 import selfaug.conf
+from selfaug.model.full import FullFineTuning
 from selfaug.objective import Objective
 from selfaug.run import build
 from selfaug.run.identity import config_hash, register_resolvers
@@ -80,7 +82,13 @@ def test_every_method_instantiates(method: str, alignment: str):
 
 @pytest.mark.parametrize("name", names("adapter"))
 def test_every_adapter_instantiates(name: str):
-    assert instantiate(composed(f"adapter={name}").adapter, _convert_="all").r == 16
+    assert isinstance(instantiate(composed(f"adapter={name}").adapter, _convert_="all"), (PeftConfig, FullFineTuning))
+
+
+def test_the_default_adapter_is_lora_of_rank_16():
+    adapter = instantiate(composed().adapter, _convert_="all")
+    assert isinstance(adapter, LoraConfig)
+    assert adapter.r == 16
 
 
 @pytest.mark.parametrize(
@@ -164,6 +172,48 @@ def test_magpie_samples_as_magpie_does_unless_told_otherwise():
     assert (source.temperature, source.top_p, source.answer_temperature) == (0.7, 1.0, 0.0)
     assert composed("method=magpie", "self_dialogues=bait").data.mixture.self_dialogues.source.recipe == "bait"
     assert composed("method=sa_sft").data.mixture.self_dialogues.source.answer_top_p == 0.9
+
+
+# ---- methods that choose options of other groups and set values -----------------------------------------------------
+
+
+FULL = "selfaug.model.full.FullFineTuning"
+
+
+@pytest.mark.parametrize("method", ["sft", "freeze"])
+def test_a_method_brings_its_adapter_and_learning_rate(method: str):
+    config = composed(f"method={method}")
+    assert (config.adapter._target_, config.optimizer.lr) == (FULL, 1e-5)
+    assert config.method.name == method
+    assert config.run_name.startswith(f"{method}-")
+    assert bool(config.adapter.freeze) == (method == "freeze")
+    assert composed().optimizer.lr == 5e-4
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_command_line_wins_over_a_method(order: int):
+    overrides = ["method=sft", "optimizer.lr=3e-5", "adapter=lora", "optimizer.weight_decay=0"][::order]
+    config = composed(*overrides)
+    assert (config.adapter._target_, config.optimizer.lr, config.optimizer.weight_decay) == ("peft.LoraConfig", 3e-5, 0)
+    assert composed("method=freeze", "adapter.freeze=[0-14]").adapter.freeze == ["0-14"]
+
+
+@pytest.mark.parametrize("experiment", ["ablation_alpha", "lora_rank", "demo"])
+def test_a_method_within_an_experiment(experiment: str):
+    """As a sweep over methods composes each of its jobs; what the experiment sets (the size) stays."""
+    jobs = {method: composed(f"experiment={experiment}", f"method={method}") for method in ("lora", "sft", "selfaug")}
+    assert [job.method.name for job in jobs.values()] == ["lora", "sft", "selfaug"]
+    assert jobs["sft"].optimizer.lr == 1e-5
+    assert jobs["sft"].adapter._target_ == FULL
+    assert jobs["selfaug"].optimizer.lr == 5e-4
+    assert len({job.data.batch_size for job in jobs.values()}) == 1
+
+
+@pytest.mark.parametrize("size", ["lab", "paper"])
+def test_the_sizes_leave_the_learning_rate_to_the_method(size: str):
+    more = ["data.path=crag.jsonl.bz2"] if size == "paper" else []
+    assert composed(f"size={size}", "method=sft", *more).optimizer.lr == 1e-5
+    assert composed(f"size={size}", *more).optimizer.lr == 5e-4
 
 
 # ---- experiments ---------------------------------------------------------------------------------------------------

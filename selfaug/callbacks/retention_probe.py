@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from torch import nn
 
 from selfaug.errors import UserError
 from selfaug.evaluation.drift import DriftConfig, measure_drift
@@ -22,6 +23,8 @@ from selfaug.evaluation.retention import style
 from selfaug.evaluation.retention.benchmarks import RetentionConfig, whole_number
 from selfaug.evaluation.retention.harness import Item
 from selfaug.evaluation.retention.suite import StyleConfig, Suite
+from selfaug.model.frozen_copy import FrozenCopy
+from selfaug.model.reference import keeps_base, trains_outside
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,20 @@ class RetentionProbe(L.Callback):
                 )
         self.latest: dict[str, float] = {}
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        model = pl_module.model
+        if self._base(pl_module) is None and not (keeps_base(model) and not trains_outside(model)):
+            raise UserError(
+                "callbacks=retention_probe compares with the base model, whose own weights train: set "
+                "reference=frozen_copy with it."
+            )
+
+    @staticmethod
+    def _base(pl_module: Any) -> nn.Module | None:
+        """The base model, where it is not the tuned one with its adapters off."""
+        reference = pl_module.objective.reference
+        return reference.on(pl_module.device) if isinstance(reference, FrozenCopy) else None
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0:  # where tuned is base: the first point of every curve
             self._probe(trainer, pl_module, answers=True)
@@ -91,7 +108,9 @@ class RetentionProbe(L.Callback):
 
     def _probe(self, trainer: L.Trainer, pl_module: Any, answers: bool) -> None:
         with _own_randomness(), torch.no_grad(), trainer.precision_plugin.train_step_context():
-            found = measure_drift(pl_module.model, self.tokenizer, self.drift, progress=False)
+            found = measure_drift(
+                pl_module.model, self.tokenizer, self.drift, base=self._base(pl_module), progress=False
+            )
             values = {f"probe/drift_{name}": metrics["kl_base_tuned"]["tuned"].mean for name, metrics in found.items()}
             if answers and self.suite is not None:
                 values |= _answered(self.suite.items(pl_module.model, "ifeval"))

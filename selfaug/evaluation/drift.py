@@ -30,13 +30,11 @@ from selfaug.assets import asset_path
 from selfaug.data.chat import ChatFormat
 from selfaug.data.text import check_file, decode_object, read_lines
 from selfaug.errors import UserError
-from selfaug.evaluation.generation import evaluating, length_batches
+from selfaug.evaluation.generation import length_batches
+from selfaug.evaluation.pair import Pair
 from selfaug.evaluation.statistics import paired_weighted_difference, weighted_bootstrap
-from selfaug.model.decoder import Decoder
-from selfaug.model.reference import adapters_off, check_reference
 from selfaug.objective.batch import Role
 from selfaug.objective.rows import Position, alignment_rows
-from selfaug.ops import linear_kl, linear_nll
 from selfaug.reporting.results import Metric
 
 log = logging.getLogger(__name__)
@@ -91,9 +89,9 @@ class DriftConfig:
 
 
 def measure_drift(
-    model: nn.Module, tokenizer: Any, config: DriftConfig, *, progress: bool = True
+    model: nn.Module, tokenizer: Any, config: DriftConfig, *, base: nn.Module | None = None, progress: bool = True
 ) -> dict[str, dict[str, Metric]]:
-    """Drift of `model` (adapters on) from its base model (adapters off), by corpus.
+    """Drift of `model` (adapters on) from its base model, by corpus. base: None for `model` with its adapters off.
 
     Returns:
         corpus -> {"kl_base_tuned": {"tuned"}, "kl_tuned_base": {"tuned"}, "perplexity": {"base", "tuned",
@@ -102,15 +100,14 @@ def measure_drift(
     Raises:
         UserError: a corpus that cannot be read, or a model without a base model to switch back to.
     """
-    check_reference(model)
-    decoder = Decoder(model)
+    pair = Pair(model, base)
     # All corpora are read before the first is measured: a wrong path is not worth the wait.
     corpora = {name: _tokenised(name, tokenizer, config) for name in config.corpora}
     drift = {}
     for name, documents in corpora.items():
         position = _POSITION[config.corpora[name].kind]
         with tqdm(total=len(documents), desc=f"drift on {name}", unit=" documents", disable=not progress) as bar:
-            sums = _document_sums(decoder, documents, position, config.tokens_per_batch, bar)
+            sums = _document_sums(pair, documents, position, config.tokens_per_batch, bar)
         drift[name] = _metrics(sums, config.seed)
     return drift
 
@@ -121,6 +118,7 @@ def drift_on_answers(
     turns: Sequence[tuple[str, str]],
     config: DriftConfig,
     *,
+    base: nn.Module | None = None,
     max_tokens: int = 512,
     progress: bool = True,
 ) -> dict[str, Metric]:
@@ -128,7 +126,7 @@ def drift_on_answers(
     KL(tuned||base) is an estimate over what it says itself (Shenfeld et al., RL's Razor). The token that ends an
     answer counts too, so an empty one has a row. Of each turn the first max_tokens tokens count; those whose prompt
     alone is longer are left out. Nothing is returned where none is left."""
-    check_reference(model)
+    pair = Pair(model, base)
     documents = [
         _Document(ids[:max_tokens], roles[:max_tokens])
         for ids, roles in _dialogues(tokenizer, config, turns)
@@ -137,7 +135,7 @@ def drift_on_answers(
     if not documents:
         return {}
     with tqdm(total=len(documents), desc="drift on own answers", unit=" answers", disable=not progress) as bar:
-        sums = _document_sums(Decoder(model), documents, _POSITION["dialogue"], config.tokens_per_batch, bar)
+        sums = _document_sums(pair, documents, _POSITION["dialogue"], config.tokens_per_batch, bar)
     return _metrics(sums, config.seed)
 
 
@@ -287,11 +285,11 @@ def _dialogues(tokenizer: Any, config: DriftConfig, turns: Sequence[tuple[str, .
 
 @torch.no_grad()
 def _document_sums(
-    decoder: Decoder, documents: list[_Document], position: Position, tokens_per_batch: int, bar: Any
+    pair: Pair, documents: list[_Document], position: Position, tokens_per_batch: int, bar: Any
 ) -> np.ndarray:
     """[5, n]: by document the sums over its counted rows of KL(base||tuned), KL(tuned||base), NLL of tuned, NLL of
     base, all in nats, and the number of the rows."""
-    model, device = decoder.model, next(decoder.model.parameters()).device
+    device = pair.device
     sums = np.zeros((5, len(documents)))
     for indices in length_batches([len(document.input_ids) for document in documents], tokens_per_batch):
         width = max(len(documents[i].input_ids) for i in indices)
@@ -305,17 +303,12 @@ def _document_sums(
         owner = counted.nonzero()[:, 0]  # [N]
         targets = ids.roll(-1, dims=1)[counted].to(device)  # [N]
         ids, mask, counted = ids.to(device), (roles != Role.PADDING).to(device), counted.to(device)
-        with evaluating(model):
-            tuned = decoder.hidden(ids, mask, right_padded=True)[counted]  # [N, d]
-        with adapters_off(model):
-            base = decoder.hidden(ids, mask, right_padded=True)[counted]
-        head = decoder.head.arguments()
+        states = pair.hidden(ids, mask, counted)
         values = torch.stack(
             [
-                linear_kl(tuned, base, **head, divergence="kl_base_tuned", reduction="none"),
-                linear_kl(tuned, base, **head, divergence="kl_tuned_base", reduction="none"),
-                linear_nll(tuned, targets, **head),
-                linear_nll(base, targets, **head),
+                pair.kl(*states, "kl_base_tuned"),
+                pair.kl(*states, "kl_tuned_base"),
+                *pair.nll(*states, targets),
             ]
         )  # [4, N]
         rows = torch.cat([values.cpu().double(), torch.ones(1, len(owner), dtype=torch.float64)])

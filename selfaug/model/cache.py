@@ -31,7 +31,15 @@ from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder, Tokens
 from selfaug.model.entries import DiskEntries, Entries
 from selfaug.model.fingerprint import model_digest, place_digest
-from selfaug.model.reference import AdaptersOff, ReferenceStates, Score, adapters_off, check_adapters, trains_outside
+from selfaug.model.reference import (
+    AdaptersOff,
+    ReferenceStates,
+    Score,
+    adapters_off,
+    check_adapters,
+    check_head_frozen,
+    trains_outside,
+)
 from selfaug.ops import linear_entropy
 
 log = logging.getLogger(__name__)
@@ -142,13 +150,8 @@ class CachedReference:
         Raises UserError where adapters off would not be the base model now, or where the output head trains.
         """
         check_adapters(model)
-        head = Decoder(model).head.module
+        check_head_frozen(model)
         outside = trains_outside(model)
-        if any(parameter.requires_grad for parameter in head.parameters()):
-            raise UserError(
-                "The output head trains, which base and tuned model must share: freeze it "
-                "(model.get_output_embeddings().requires_grad_(False)), and with it the embeddings where they are tied."
-            )
         self._bases[model] = _Base(model_digest(model), bool(outside))
 
     def states(self, decoder: Decoder, tokens: Tokens, *, masked: bool, score: Score | None = None) -> ReferenceStates:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfaug.assets import asset_path
 from selfaug.errors import UserError
+from selfaug.model.fingerprint import base_tensors
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +96,35 @@ def load_base(
     return model.train()
 
 
+# peft initialises these from data that it is shown first, or, when it loads one, not as it was made.
+_NOT_FROM_CONFIG = {
+    "corda": "a pass over data before the adapter is made",
+    "eva": "a pass over data before the adapter is made",
+    "lora_ga": "gradients of data before the adapter is made",
+    "loftq": "a quantised base model",
+    "pissa_niter": "random numbers that a saved adapter does not keep (pissa needs none)",
+}
+
+
 def add_adapter(base: nn.Module, config: PeftConfig) -> PeftModel:
-    """Wrap `base` with a fresh adapter (float32, whatever the base's dtype)."""
+    """Wrap `base` with a fresh adapter (float32, whatever the base's dtype).
+
+    Raises:
+        UserError: target modules that are not there, and initialisations that a configuration alone cannot describe.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    for name, needed in _NOT_FROM_CONFIG.items():
+        if isinstance(init, str) and init.startswith(name):
+            raise UserError(
+                f"adapter.init_lora_weights={init} needs {needed}: set it to true, gaussian, orthogonal, mica, pissa "
+                "or olora."
+            )
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
     except ValueError as error:
         raise UserError(f"adapter.target_modules does not fit {type(base).__name__}: {_first_line(error)}") from error
+    _in_float32(model)
+    return model
 
 
 def load_adapter(base: nn.Module, directory: str | Path) -> PeftModel:
@@ -110,7 +134,19 @@ def load_adapter(base: nn.Module, directory: str | Path) -> PeftModel:
             raise UserError(
                 f"{directory} holds no PEFT adapter ({file}): set adapter_path to an adapter saved as safetensors."
             )
-    return PeftModel.from_pretrained(base, str(directory))
+    model = PeftModel.from_pretrained(base, str(directory))
+    if _in_float32(model):  # its values have been rounded on their way in
+        set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
+    return model
+
+
+def _in_float32(model: PeftModel) -> bool:
+    """Keep the adapter's weights in float32 where peft has left them in the base's dtype; whether there were any."""
+    base = {id(tensor) for tensor in base_tensors(model).values()}
+    low = [p for p in model.parameters() if id(p) not in base and p.dtype in (torch.bfloat16, torch.float16)]
+    for parameter in low:
+        parameter.data = parameter.data.float()  # the same object: peft's hooks are on it
+    return bool(low)
 
 
 def recompute_activations(model: nn.Module) -> None:

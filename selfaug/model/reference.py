@@ -2,7 +2,8 @@
 
 The base model is the tuned model with its adapters switched off (SelfAug, appendix B: one more forward pass, no second
 copy of the weights), in eval mode and under no_grad. That is exactly the base model only while nothing outside the
-adapters trains, which `check_reference` makes sure of. selfaug/model/cache.py keeps what it computes.
+adapters trains, which `check_reference` makes sure of. selfaug/model/cache.py keeps what it computes, and
+frozen_copy.py is for trainings that change the base weights themselves.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from selfaug.ops import linear_entropy
 
 # These initialisations leave the base weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ ...) move a part of
 # them into the adapter, so that switching it off no longer gives the base model.
-_BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
 
 
 Score = Literal["entropy", "attention"]
@@ -102,10 +103,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def check_reference(model: nn.Module) -> None:
     """Raise UserError, saying what to change, unless `adapters_off(model)` is exactly the base model, and stays it."""
     check_adapters(model)
-    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+    if not has_adapters(model):
         raise UserError(
-            "The model has no adapters that could be switched off for the reference: set adapter=lora, or wrap the "
-            "model with peft.get_peft_model."
+            "The model has no adapters that could be switched off for the reference: set adapter=lora (or wrap the "
+            "model with peft.get_peft_model), or let something else keep the base model while its weights train: "
+            "reference=frozen_copy or reference.cache=disk."
         )
     outside = trains_outside(model)
     if outside:
@@ -120,21 +122,56 @@ def check_adapters(model: nn.Module) -> None:
     """Raise UserError, saying what to change, where `adapters_off(model)` is not even the base model before training.
 
     A model without adapters passes."""
-    Decoder(model)  # refuses an adapter on the head
+    check_runs(model)
+    if rewritten := rewrites_base(model):
+        raise UserError(
+            f"{rewritten} rewrites the base weights, so switching the adapter off no longer gives the base model: set "
+            "adapter.init_lora_weights=true, gaussian or orthogonal, or reference=frozen_copy, or train without "
+            "alignment."
+        )
+    if any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        raise UserError("The adapters are merged into the base weights: call unmerge_adapter() before training.")
+
+
+def check_runs(model: nn.Module) -> None:
+    """Raise UserError where `Decoder` would not run the tuned model: adapters on the head or in the prompt."""
+    Decoder(model)
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise UserError(
                 f"{config.peft_type.value} changes the prompt and not the layers, so there is no base model to switch "
                 "back to: set adapter=lora."
             )
+
+
+def check_head_frozen(model: nn.Module) -> None:
+    """Raise UserError where the output head trains: the KL is taken through one head, of base and tuned model."""
+    if any(parameter.requires_grad for parameter in Decoder(model).head.module.parameters()):
+        raise UserError(
+            "The output head trains, which base and tuned model must share for alignment: freeze it "
+            "(adapter.freeze=head, or model.get_output_embeddings().requires_grad_(False)), and with it the embeddings "
+            "where they are tied."
+        )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there are layers of peft that could be switched off."""
+    return any(isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules())
+
+
+def rewrites_base(model: nn.Module) -> str | None:
+    """The setting with which an adapter of `model` moves a part of the base weights into itself when it is made."""
+    for config in getattr(model, "peft_config", {}).values():
         init = getattr(config, "init_lora_weights", True)
         if init not in _BASE_KEEPING_INITS:
-            raise UserError(
-                f"adapter.init_lora_weights={init} rewrites the base weights, so switching the adapter off no longer "
-                "gives the base model: set adapter.init_lora_weights=true, gaussian, orthogonal or eva."
-            )
-    if any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer)):
-        raise UserError("The adapters are merged into the base weights: call unmerge_adapter() before training.")
+            return f"adapter.init_lora_weights={init}"
+    return None
+
+
+def keeps_base(model: nn.Module) -> bool:
+    """Whether `adapters_off` of a model as it was loaded, with all that was trained, is its base model."""
+    biases = {getattr(config, "bias", "none") for config in getattr(model, "peft_config", {}).values()}
+    return has_adapters(model) and rewrites_base(model) is None and biases <= {"none", None, False}
 
 
 def trains_outside(model: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder, decoder_layers
 
 
@@ -17,6 +18,11 @@ def shard(model: nn.Module, mesh: Any) -> None:
     mesh = mesh["data_parallel"]
     decoder = Decoder(model)
     whole = {p for p in decoder.head.module.parameters() if p is not None}
+    if any(p.requires_grad for p in whole):
+        raise UserError(
+            "The output head trains, and trainer=fsdp keeps it whole on every process without exchanging its "
+            "gradients: set adapter.freeze=head (with it tied embeddings are frozen), or trainer=ddp."
+        )
     for layer in decoder_layers(decoder.body):
         fully_shard(layer, mesh=mesh)
     fully_shard(decoder.body, mesh=mesh, ignored_params=whole)

@@ -100,8 +100,8 @@ class Objective:
                 term.modules(Decoder(model).body)
                 if not isinstance(self.reference, AdaptersOff):
                     raise UserError(
-                        f"alignment.position={term.position} compares states inside the model, which a cache does not "
-                        "keep: set reference.cache=off."
+                        f"alignment.position={term.position} compares states inside the model, which neither a cache "
+                        "nor a copy keeps: set reference.cache=off (and reference.frozen_copy=false, with an adapter)."
                     )
 
     def count(self, batch: TokenBatch) -> Tensor:

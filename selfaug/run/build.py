@@ -20,8 +20,10 @@ from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import verify_decoder, verify_packing
 from selfaug.model.entries import DiskEntries, MemoryEntries
+from selfaug.model.frozen_copy import FrozenCopy
+from selfaug.model.full import FullFineTuning
 from selfaug.model.load import add_adapter, load_base, load_tokenizer, recompute_activations
-from selfaug.model.reference import AdaptersOff, Reference
+from selfaug.model.reference import AdaptersOff, Reference, check_runs
 from selfaug.model.shard import shard
 from selfaug.module import OptimizerConfig, SelfAugModule
 from selfaug.objective import TASK, HiddenAlignment, Objective
@@ -167,15 +169,28 @@ def _written(config: DictConfig, settings: Settings, wanted: Wanted) -> Dialogue
     return written(config, settings, wanted)
 
 
-def base_model(config: DictConfig) -> torch.nn.Module:
-    """The frozen base model in the dtype that the trainer's precision asks for."""
+def base_model(config: DictConfig, *, masters: bool = False) -> torch.nn.Module:
+    """The frozen base model in the dtype that the trainer's precision asks for.
+
+    masters: its own weights are to train, so that under mixed precision all of them are kept in float32.
+    """
     return load_base(
         config.model.name,
         dtype=config.model.dtype if precision(config).name != "bf16-true" else "bfloat16",
-        mixed=precision(config).mixed,
+        mixed=precision(config).mixed and not masters,
         revision=config.model.revision,
         attn_implementation=config.model.attn_implementation,
     )
+
+
+def tuned_model(config: DictConfig) -> torch.nn.Module:
+    """The model that trains: the base model with a fresh adapter, or with (some of) its own weights trainable."""
+    wanted = make(config.adapter, "adapter")
+    if isinstance(wanted, FullFineTuning):
+        return wanted.apply(base_model(config, masters=True))
+    model = add_adapter(base_model(config), wanted)
+    check_runs(model)
+    return model
 
 
 def objective(config: DictConfig) -> Objective:
@@ -225,8 +240,14 @@ def _sharded(config: DictConfig) -> bool:
 
 
 def reference(config: DictConfig) -> Reference:
-    """Where the base model's states come from: adapters off, or a cache of that."""
+    """Where the base model's states come from: adapters off, a cache of that, or a second model."""
     wanted = config.reference
+    if wanted.frozen_copy and caches_reference(config):
+        raise UserError(
+            f"reference.frozen_copy=true and reference.cache={wanted.cache} both keep the base model: set one of them."
+        )
+    if wanted.frozen_copy:
+        return FrozenCopy(lambda: base_model(config), wanted.device)
     if not caches_reference(config):
         return AdaptersOff()
     if wanted.cache == "memory":
@@ -238,11 +259,11 @@ def reference(config: DictConfig) -> Reference:
 
 
 def module(config: DictConfig) -> SelfAugModule:
-    """Base model, fresh adapter and objective. The adapter's initial weights depend on the seed alone."""
+    """The model that trains and its objective. The adapter's initial weights depend on the seed alone."""
     L.seed_everything(config.seed, verbose=False)
     goal = objective(config)  # first: a wrong alpha should not have to wait for the model
     optimizer = call(OptimizerConfig, "optimizer", **plain(config.optimizer))
-    model = add_adapter(base_model(config), make(config.adapter, "adapter"))
+    model = tuned_model(config)
     if config.model.gradient_checkpointing:
         recompute_activations(model)
     if not needs_accelerator(model):
@@ -260,7 +281,7 @@ def verify(model: torch.nn.Module, packing: bool) -> None:
 
 def needs_accelerator(model: Any) -> bool:
     """Whether its attention runs on no CPU: then it is verified where it trains (see VerifyModel)."""
-    return "flash" in str(model.get_base_model().config._attn_implementation)
+    return "flash" in str(model.config._attn_implementation)
 
 
 def devices(config: DictConfig) -> int:

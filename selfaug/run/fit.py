@@ -1,4 +1,4 @@
-"""The training stage of a run: from a claimed run directory to adapter/ and fit.json."""
+"""The training stage of a run: from a claimed run directory to adapter/ (or model/) and fit.json."""
 
 import logging
 import shutil
@@ -14,6 +14,7 @@ from lightning import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
 from selfaug.callbacks.advice import Advice
@@ -26,6 +27,7 @@ from selfaug.data.datamodule import RagDataModule
 from selfaug.errors import UserError
 from selfaug.files import write_json
 from selfaug.model.cache import CachedReference
+from selfaug.model.fingerprint import base_tensors
 from selfaug.module import SelfAugModule
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory
@@ -38,7 +40,7 @@ SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports for a process ended 
 
 
 def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Sequence[Logger]) -> None:
-    """Train in this process (as one of the processes, where there are several), then save the adapter."""
+    """Train in this process (as one of the processes, where there are several), then save what was trained."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of an earlier job of the sweep
     module = build.module(config)
@@ -74,7 +76,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
         )
         sys.exit(SIGTERM_EXIT)
     saving.keep_metrics(trainer)  # a run that resumes after its last step never starts to train
-    save_adapter(module, run.adapter)
+    save_tuned(module, run, data.tokenizer)
     if trainer.is_global_zero:
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else throughput.peak_host_bytes()
         write_json(
@@ -106,22 +108,29 @@ def watching(config: DictConfig, data: RagDataModule, saving: SaveCheckpoints) -
     return [probe, Advice(lambda: max((v for k, v in probe.latest.items() if "drift" in k), default=None))]
 
 
-def save_adapter(module: SelfAugModule, directory: Path) -> None:
-    """The adapter as a PEFT folder (safetensors), whole or not at all. Every process calls it, the first one writes."""
-    trainable = {name for name, p in module.model.named_parameters() if p.requires_grad}
+def save_tuned(module: SelfAugModule, run: RunDirectory, tokenizer: Any) -> None:
+    """The adapter as a PEFT folder, or, of a model without one, the whole model and its tokenizer as from_pretrained
+    takes them: safetensors in the dtype of the training, whole or not at all. Every process calls it, the first one
+    writes."""
+    model: Any = module.model
+    adapter = isinstance(model, PeftModel)
+    directory = run.adapter if adapter else run.model
+    # An adapter is what is not the base model's: also its buffers, and weights of it that do not train.
+    left_out = {id(tensor) for tensor in base_tensors(model).values()} if adapter else set()
     state: dict[str, Any] = {}
-    for name, parameter in module.model.named_parameters():
-        if name in trainable:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in left_out:
             # Sharded parameters are gathered, which all processes take part in.
-            full: Any = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            state[name] = full.detach().cpu().clone()
+            state[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
     if not module.trainer.is_global_zero:
         return
     work = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    model: Any = module.model
     model.save_pretrained(str(work), safe_serialization=True, state_dict=state)
-    (work / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    if adapter:
+        (work / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    else:
+        tokenizer.save_pretrained(str(work))
     shutil.rmtree(directory, ignore_errors=True)
     work.rename(directory)
 

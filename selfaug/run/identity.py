@@ -72,6 +72,7 @@ class RunDirectory:
     metrics.csv      what was logged, by step
     checkpoints/     for resuming; trainable weights, optimiser and loops only
     adapter/         the tuned PEFT adapter, written when training is complete
+    model/           in its place, where the base weights themselves were trained: the whole model with its tokenizer
     fit.json         time, tokens and memory of the training
     evaluation/      base/ and tuned/: every prompt and answer of the general benchmarks, a file for each
     results.json     scores; the run is finished once it is there
@@ -83,6 +84,18 @@ class RunDirectory:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def tuned(self) -> Path | None:
+        """adapter/ or model/, whichever this run has written; None before that."""
+        for folder, file in ((self.adapter, "adapter_config.json"), (self.model, "config.json")):
+            if (folder / file).is_file():
+                return folder
+        return None
 
     @property
     def checkpoints(self) -> Path:
@@ -102,7 +115,7 @@ class RunDirectory:
 
     @property
     def fitted(self) -> bool:
-        return (self.path / "fit.json").is_file() and (self.adapter / "adapter_config.json").is_file()
+        return (self.path / "fit.json").is_file() and self.tuned is not None
 
     @contextmanager
     def alone(self) -> Iterator[None]:

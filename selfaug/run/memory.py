@@ -25,6 +25,7 @@ from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import Decoder
 from selfaug.model.entries import MemoryEntries
+from selfaug.model.frozen_copy import FrozenCopy
 from selfaug.objective import HiddenAlignment, Objective
 from selfaug.ops.head import CHUNK_BYTES, product_dtype
 from selfaug.ops.linear_kl import LEAST_ROWS
@@ -47,11 +48,12 @@ class Largest(NamedTuple):
 class Costs:
     """What the parts of a training take, in bytes.
 
-    weights: of the model, frozen. adapters: all that trains, with its gradients and the optimiser's state. head: a
-    copy of it in the dtype of the products. logits: buffers of the loss for one row, at most `chunk` for all of them.
-    heap: factor from what lives to what it takes (machine.py). layers: of the model. cache: reference states in
-    memory. inside: for one token, what terms on hidden states keep of both models. process: what there is beside the
-    model, on a CPU. recomputes: gradient checkpointing is on. rank: of the adapter.
+    weights: of the model, frozen, and of a copy of it. adapters: all that trains (in full fine-tuning the weights
+    themselves), with its gradients and the optimiser's state. head: a copy of it in the dtype of the products. logits:
+    buffers of the loss for one row, at most `chunk` for all of them. heap: factor from what lives to what it takes
+    (machine.py). layers: of the model. cache: reference states in memory. inside: for one token, what terms on hidden
+    states keep of both models. process: what there is beside the model, on a CPU. recomputes: gradient checkpointing is
+    on. rank: of the adapter.
     """
 
     weights: int
@@ -257,12 +259,17 @@ class MemoryPlan(L.Callback):
         taken, free = resident_bytes(pl_module.device), room(pl_module.device, here)
         goal, model = pl_module.objective, pl_module.model
         cached = isinstance(goal.reference, CachedReference)
+        copied = 0  # a second model on this device
+        if goal.terms and isinstance(goal.reference, FrozenCopy):
+            goal.reference.on(pl_module.device)
+            copied = goal.reference.bytes_on(pl_module.device)
         costs = count(
             model,
             trainer.precision_plugin.train_step_context,
             reference=bool(goal.terms) and not cached,
             processes=trainer.world_size,
         )
+        costs = replace(costs, weights=costs.weights + copied)
         with trainer.precision_plugin.train_step_context():
             costs = replace(costs, inside=hidden_bytes(goal, model))
         if pl_module.device.type != "cuda":

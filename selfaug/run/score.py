@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,31 +24,16 @@ from selfaug.evaluation.retention.store import Store
 from selfaug.evaluation.retention.suite import Retention, StyleConfig, Suite, base_store, keep_copy, tuned_store
 from selfaug.evaluation.sandbox import check_sandbox
 from selfaug.evaluation.token_kl import token_kl
-from selfaug.model.load import load_adapter, load_tokenizer, locate
-from selfaug.model.reference import adapters_off
+from selfaug.model.load import load_tokenizer, locate
 from selfaug.objective.batch import TASK
 from selfaug.reporting.curves import read_curves
 from selfaug.reporting.results import Metric, Results, code_version, environment
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, config_hash
 from selfaug.run.machine import free_unused
+from selfaug.run.models import Models, device, saved_models
 
 log = logging.getLogger(__name__)
-
-TASK = "task"  # the file of the answers to the task's questions
-
-
-@dataclass
-class Models:
-    """What is compared. shared: the base is the tuned model with its adapters off; otherwise two models, or one."""
-
-    base: nn.Module
-    tuned: nn.Module | None
-    shared: bool = False
-    adapter: Path | None = None  # the folder that the tuned model's adapter came from
-
-    def as_base(self) -> AbstractContextManager[Any]:
-        return adapters_off(self.base) if self.shared else nullcontext()
 
 
 @dataclass
@@ -65,16 +49,16 @@ class Measured:
 
 
 def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results:
-    """Load base and saved adapter, measure what the configuration asks for, and put it all together.
+    """Load the base model and what was trained, measure what the configuration asks for, and put it all together.
 
-    The adapter is read back from disk, so what is scored is what was saved.
+    The adapter (or the model) is read back from disk, so what is scored is what was saved.
     """
     started = time.perf_counter()
     free_unused()  # of the training: a second model is loaded now
     measured = Measured()
     if asks(config):
-        model = load_adapter(build.base_model(config), run.adapter).to(device(config))
-        measured = measure(config, Models(model, model, shared=True, adapter=run.adapter), data, run.evaluation)
+        assert run.tuned is not None  # as the caller has made sure of
+        measured = measure(config, saved_models(config, run.tuned), data, run.evaluation)
     seconds = time.perf_counter() - started
     fitted = run.read_fit()
     results = as_results(config, measured, data)
@@ -97,11 +81,6 @@ def asks(config: DictConfig) -> bool:
     return any(config.evaluation.get(part) for part in ("rag", "drift", "retention", "style"))
 
 
-def device(config: DictConfig) -> torch.device:
-    """Where models are scored."""
-    return torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
-
-
 def check(config: DictConfig) -> None:
     """Refuse wrong settings of the evaluation, and what this machine cannot do, before an hour of training."""
     _, retention, _ = _parts(config)
@@ -121,10 +100,10 @@ def measure(config: DictConfig, models: Models, data: RagDataModule | None, fold
     with build.precision(config).autocast(next(models.base.parameters()).device.type):
         if config.evaluation.get("rag") and data is not None:
             _answer(config, models, data, folder, found)
-        if drift is not None and models.shared:
-            found.drift = measure_drift(models.base, tokenizer, drift, progress=config.progress)
-        elif drift is not None and models.tuned is not None:
-            log.warning("drift is not measured: it needs adapters that can be switched off, not a second model")
+        if drift is not None and models.tuned is not None:
+            found.drift = measure_drift(
+                models.tuned, tokenizer, drift, base=models.second, progress=config.progress
+            )  # fmt: skip
         make_lm = _vllm(config, models) if retention.backend == "vllm" else None
         suite = Suite(retention, style, tokenizer, progress=config.progress, make_lm=make_lm)
         if suite.wanted:
@@ -136,8 +115,8 @@ def measure(config: DictConfig, models: Models, data: RagDataModule | None, fold
             if models.tuned is not None:
                 after = suite.score(models.tuned, tuned_store(models.tuned, folder / "tuned"), "tuned")
             found.retention = suite.compared(before, after)
-            if after is not None and drift is not None and models.shared:
-                found.drift |= suite.drift(models.base, after, drift)
+            if models.tuned is not None and after is not None and drift is not None:
+                found.drift |= suite.drift(models.tuned, after, drift, base=models.second)
     return found
 
 
@@ -214,8 +193,8 @@ def _answer(config: DictConfig, models: Models, data: RagDataModule, folder: Pat
     found.task = score_answers(rows["answers"], base, tuned, seed=config.seed)
     if tuned is not None:
         found.samples = samples(rows, base, tuned, n=wanted.samples, seed=config.seed)
-    if models.shared:
-        found.token_kl = token_kl(models.base, data.tokenizer, rows[0])
+    if models.tuned is not None:
+        found.token_kl = token_kl(models.tuned, data.tokenizer, rows[0], base=models.second)
 
 
 def chat_settings(config: DictConfig) -> dict[str, Any]:
@@ -244,10 +223,17 @@ def _parts(config: DictConfig) -> tuple[DriftConfig | None, RetentionConfig, Sty
 
 
 def _vllm(config: DictConfig, models: Models) -> Callable[[str], Any]:
-    """lm-eval's own vLLM backend; adapters are given to it as the folder that they were loaded from."""
-    if models.tuned is not None and models.adapter is None:
-        raise UserError("evaluation.retention.backend=vllm takes an adapter folder as the tuned model: set it to hf.")
-
+    """lm-eval's own vLLM backend; adapters and models are given to it as the folder that they were loaded from."""
+    lora = models.folder is not None and (models.folder / "adapter_config.json").is_file()
+    if models.tuned is not None and models.folder is None:
+        raise UserError(
+            "evaluation.retention.backend=vllm takes the tuned model as a folder (an adapter's or a whole one): set it "
+            "to hf."
+        )
+    if lora and not (models.shared and PeftConfig.from_pretrained(str(models.folder)).peft_type == "LORA"):
+        raise UserError(
+            "evaluation.retention.backend=vllm runs LoRA adapters only, on the base model as it is: set it to hf."
+        )
     if chat_settings(config).get("chat_template") or chat_settings(config).get("template_arguments"):
         raise UserError(
             "evaluation.retention.backend=vllm uses the model's own chat template: set data.prompt.chat_template=null "
@@ -257,13 +243,12 @@ def _vllm(config: DictConfig, models: Models) -> Callable[[str], Any]:
     def make(which: str) -> Any:
         from lm_eval.models.vllm_causallms import VLLM
 
-        adapter: dict[str, Any] = {}
-        if which == "tuned":
-            rank = PeftConfig.from_pretrained(str(models.adapter)).r
-            adapter = {"lora_local_path": str(models.adapter), "max_lora_rank": rank}
-        return VLLM(
-            pretrained=locate(config.model.name), revision=config.model.revision, dtype="auto", trust_remote_code=False,
-            gpu_memory_utilization=0.5, **adapter,
-        )  # fmt: skip
+        settings: dict[str, Any] = {"pretrained": locate(config.model.name), "revision": config.model.revision}
+        if which == "tuned" and lora:
+            rank = PeftConfig.from_pretrained(str(models.folder)).r
+            settings |= {"lora_local_path": str(models.folder), "max_lora_rank": rank}
+        elif which == "tuned":
+            settings = {"pretrained": str(models.folder), "revision": None}
+        return VLLM(dtype="auto", trust_remote_code=False, gpu_memory_utilization=0.5, **settings)
 
     return make

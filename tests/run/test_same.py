@@ -33,13 +33,13 @@ class Trained:
     """A finished run and the model as it was when training ended."""
 
     def __init__(self, runs: Runs, monkeypatch: pytest.MonkeyPatch):
-        save = fit.save_adapter
+        save = fit.save_tuned
 
-        def save_and_keep(module, directory):
+        def save_and_keep(module, *arguments):
             self.model: nn.Module = module.model
-            save(module, directory)
+            save(module, *arguments)
 
-        monkeypatch.setattr(fit, "save_adapter", save_and_keep)
+        monkeypatch.setattr(fit, "save_tuned", save_and_keep)
         self.directory = runs.done(*STEPS)
 
 

@@ -181,10 +181,15 @@ class Suite:
         return found
 
     def drift(
-        self, model: nn.Module, tuned: Mapping[str, Scores], config: DriftConfig, max_tokens: int = 512
+        self,
+        model: nn.Module,
+        tuned: Mapping[str, Scores],
+        config: DriftConfig,
+        max_tokens: int = 512,
+        base: nn.Module | None = None,
     ) -> dict[str, dict[str, Metric]]:
         """Drift on the tuned model's own answers to general prompts, by benchmark: on at most OWN_ANSWERS of
-        them, evenly spread."""
+        them, evenly spread. base: as measure_drift's."""
         found = {}
         for name, scores in tuned.items():
             if name != STYLE and not (BENCHMARKS[name].chat and BENCHMARKS[name].generates):
@@ -194,7 +199,7 @@ class Suite:
                 for item in scores.items[:: -(-len(scores.items) // OWN_ANSWERS)]
             ]
             measured = drift_on_answers(
-                model, self.tokenizer, turns, config, max_tokens=max_tokens, progress=self.progress
+                model, self.tokenizer, turns, config, base=base, max_tokens=max_tokens, progress=self.progress
             )
             if measured:
                 found[f"own answers to {name}"] = measured
