@@ -26,6 +26,7 @@ NEEDED = {
     ("data", "crag"): ("data.path=crag.jsonl.bz2",),
     ("size", "paper"): ("data.path=crag.jsonl.bz2",),
     ("experiment", "model_scale"): ("data.path=crag.jsonl.bz2",),
+    ("method", "o_lora"): ("method.terms.o_lora.adapter=somewhere",),
 }
 
 
@@ -67,12 +68,12 @@ def test_every_option_composes(group: str, name: str):
 @pytest.mark.parametrize("alignment", names("alignment"))
 @pytest.mark.parametrize("method", names("method"))
 def test_every_method_instantiates(method: str, alignment: str):
-    config = composed(f"method={method}", f"alignment={alignment}")
+    config = composed(f"method={method}", f"alignment={alignment}", *NEEDED.get(("method", method), ()))
     objective = build.objective(config)
     assert isinstance(objective, Objective)
     assert objective.names[0] == "nll"
-    terms = set(config.method.terms) if alignment != "none" else set()
-    assert {name.replace("hidden", "kl") for name in objective.terms} == terms
+    terms = {name for name, term in config.method.terms.items() if term.get("position") != "none"}
+    assert {name.replace("hidden", "kl") for name in (*objective.terms, *objective.parameter_terms)} == terms
 
 
 @pytest.mark.parametrize("name", names("adapter"))

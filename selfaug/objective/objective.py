@@ -3,8 +3,9 @@
     L = (sum of NLL over the learned rows) / N_learned  +  sum over terms of alpha * (sum over its rows) / N_term
         + sum over parameter terms of alpha * penalty
 
-The learned rows are the output rows, unless a method leaves some out (rows.py). Every N counts the rows of the whole optimiser step, of all micro-batches and all processes, so that neither padding
-nor the way a step is cut into micro-batches changes the loss.
+The learned rows are the output rows, unless a method leaves some out (rows.py). Every N counts the rows of the whole
+optimiser step, of all micro-batches and all processes, so that neither padding nor the way a step is cut into
+micro-batches changes the loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -197,10 +198,15 @@ class Objective:
         """alpha * penalty of all parameter terms together, None where no alpha is above 0, and each penalty by name."""
         total, found = None, {}
         for name, term in self.parameter_terms.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0):
-                found[name] = term.penalty(model)
+            # Sums over all weights are no place for the low precision of the model's products.
+            with (
+                torch.autocast(next(model.parameters()).device.type, enabled=False),
+                torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0),
+            ):
+                penalty = term.penalty(model)
+            found[name] = penalty.detach()
             if term.alpha != 0:
-                total = term.alpha * found[name] if total is None else total + term.alpha * found[name]
+                total = term.alpha * penalty if total is None else total + term.alpha * penalty
         return total, found
 
     def close(self) -> None:

@@ -70,6 +70,7 @@ class RunDirectory:
     config.yaml      the resolved configuration
     run.json         what the run was started on (fingerprint of the data)
     metrics.csv      what was logged, by step
+    prepared/        what the method has measured before its first step, if it does
     checkpoints/     for resuming; trainable weights, optimiser and loops only
     adapter/         the tuned PEFT adapter, written when training is complete
     fit.json         time, tokens and memory of the training
@@ -83,6 +84,10 @@ class RunDirectory:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def prepared(self) -> Path:
+        return self.path / "prepared"
 
     @property
     def checkpoints(self) -> Path:
