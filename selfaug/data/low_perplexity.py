@@ -16,7 +16,7 @@ from tqdm import tqdm
 from selfaug.data.batching import MicroBatch
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
-from selfaug.model.reference import adapters_off
+from selfaug.model.reference import adapters_off, check_adapters
 from selfaug.objective.batch import TokenBatch
 from selfaug.objective.preparation import Preparation
 from selfaug.objective.rows import learned_rows
@@ -34,7 +34,8 @@ class LowPerplexity:
     in training. The rows of the training loader get (or keep, and narrow) a column `learn`; validation is left alone.
 
     Raises:
-        UserError: a threshold that is not above 1; before the first step, one that leaves nothing to be learned.
+        UserError: a threshold that is not above 1; before the first step, one that leaves nothing to be learned, or a
+            model with adapters off that is not the base model.
     """
 
     threshold: float = 2.5
@@ -49,6 +50,7 @@ class LowPerplexity:
     def prepare(self, at: Preparation) -> dict[str, Tensor]:
         """positions: [K] int32, places of the tokens to be learned within their examples, one example after another;
         counts: [examples] int32, how many are of each; seen: [2] int64, response tokens and examples looked at."""
+        check_adapters(at.model)
         decoder, dataset = Decoder(at.model), at.loader.dataset
         device = decoder.head.arguments()["weight"].device
         lengths = at.loader.sampler.lengths

@@ -1,6 +1,7 @@
 """The LoRA layers of a model as pairs of matrices: the effective weight of each is W + scale * B A."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -12,10 +13,10 @@ from selfaug.errors import UserError
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One layer. name: of its module. A: [r, in], B: [out, r], as parameters of the model."""
+    """One layer. name: of its module, a LoraLayer. A: [r, in], B: [out, r], as parameters of the model."""
 
     name: str
-    layer: LoraLayer
+    layer: Any
     A: nn.Parameter
     B: nn.Parameter
     scale: float
@@ -33,9 +34,10 @@ def lora_pairs(model: nn.Module, what: str) -> list[LoraPair]:
     variants), or where a layer has several adapters at once.
     """
     pairs = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
             continue
+        layer: Any = module
         adapters = [a for a in layer.active_adapters if a in layer.lora_A and layer.lora_A[a].weight.dim() == 2]
         if len(adapters) > 1:
             raise UserError(f"{what} takes one adapter for each layer, and {name} has {len(adapters)}: train one only.")
@@ -45,8 +47,8 @@ def lora_pairs(model: nn.Module, what: str) -> list[LoraPair]:
                     f"{what} is a formula for plain LoRA, where B A is what changes of a weight, and {name} has a "
                     f"{type(variant).__name__.removesuffix('LinearVariant')}: set adapter=lora."
                 )
-            pair = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            pairs.append(LoraPair(name, layer, *pair, float(layer.scaling[adapter])))
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            pairs.append(LoraPair(name, layer, a, b, float(layer.scaling[adapter])))
     return pairs
 
 
