@@ -27,7 +27,9 @@ class EWC:
         F_i = (sum over examples of (d NLL of the example / d theta_i)^2) / (number of their tokens)
 
     Divided by tokens and not by examples, F belongs to a mean over tokens, as the NLL is one: with alpha = 1 the
-    penalty is, to second order and with the diagonal alone, by how much the NLL per token of the old text rises.
+    penalty is, to second order and with the diagonal alone, by how much the NLL per token of the old text rises. The
+    diagonal alone is far too little: it knows nothing of weights that move together, as those of B do. Hence the large
+    default of alpha.
 
     LoRA starts at B = 0, where no gradient reaches A: F of A is exactly 0, A is free, and the penalty holds B alone,
     which is measured with the A of the start. That is what EWC says of the weights that train. The Fisher information
@@ -44,7 +46,7 @@ class EWC:
     """
 
     text: Mapping[str, Any]
-    alpha: float = 1.0
+    alpha: float = 3000.0
     _start: StartingPoint = field(default_factory=StartingPoint, repr=False)
     _fisher: dict[str, Tensor] = field(default_factory=dict, repr=False)
 

@@ -72,7 +72,7 @@ class L2SP:
         UserError: alpha outside its range; at the start, DoRA or several adapters on one layer.
     """
 
-    alpha: float = 0.01
+    alpha: float = 0.1
     _start: StartingPoint = field(default_factory=StartingPoint, repr=False)
 
     def __post_init__(self) -> None:
