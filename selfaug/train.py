@@ -46,7 +46,7 @@ def _train(config: DictConfig, run: RunDirectory) -> Any:
     from selfaug.run.score import score
 
     if config.force:
-        for leftover in (run.adapter, run.model, run.checkpoints, run.evaluation):
+        for leftover in (run.adapter, run.model, run.prepared, run.checkpoints, run.evaluation):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in (run.results, run.path / "fit.json", run.path / "run.json", run.path / "metrics.csv"):
             leftover.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ NEEDED = {
     ("size", "paper"): ("data.path=crag.jsonl.bz2",),
     ("experiment", "model_scale"): ("data.path=crag.jsonl.bz2",),
     ("mixture", "jsonl"): ("data.mixture.more.source.path=mine.jsonl",),
+    ("method", "o_lora"): ("method.terms.o_lora.adapter=somewhere",),
 }
 # Groups that are added under a name of the user's.
 ADDED = {"mixture": "+mixture@data.mixture.more"}
@@ -72,12 +73,12 @@ def test_every_option_composes(group: str, name: str):
 @pytest.mark.parametrize("alignment", names("alignment"))
 @pytest.mark.parametrize("method", names("method"))
 def test_every_method_instantiates(method: str, alignment: str):
-    config = composed(f"method={method}", f"alignment={alignment}")
+    config = composed(f"method={method}", f"alignment={alignment}", *NEEDED.get(("method", method), ()))
     objective = build.objective(config)
     assert isinstance(objective, Objective)
     assert objective.names[0] == "nll"
     terms = {name for name, term in config.method.terms.items() if term.get("position") != "none"}
-    assert {name.replace("hidden", "kl") for name in objective.terms} == terms
+    assert {name.replace("hidden", "kl") for name in (*objective.terms, *objective.parameter_terms)} == terms
 
 
 @pytest.mark.parametrize("name", names("adapter"))

@@ -184,14 +184,14 @@ def _checked(setting: str, settings: Any) -> CorpusConfig:
     return settings
 
 
-def _read(name: str, corpus: CorpusConfig, seed: int) -> list[tuple[str, ...]]:
-    """The sampled documents of a corpus: (text,) or (prompt, response)."""
+def _read(corpus: CorpusConfig, setting: str, seed: int) -> list[tuple[str, ...]]:
+    """The sampled documents of a corpus: (text,) or (prompt, response). setting: its name in the configuration."""
     if corpus.asset == "wikipedia-articles":
         return [(text,) for text in wikipedia_texts(corpus.limit, seed)]
     if corpus.asset == "alpaca-sample":
         return list(instruction_answers(corpus.limit, seed))
     path, fields = Path(str(corpus.path)).expanduser(), _FIELDS[corpus.kind]
-    setting = f"{_SETTING}.{name}.path={corpus.path}"
+    setting = f"{setting}.path={corpus.path}"
     check_file(
         path, f"{setting} does not exist: set it to a JSON-lines file with {' and '.join(fields)} in every line."
     )
@@ -241,9 +241,20 @@ class _Document(NamedTuple):
     roles: list[int]
 
 
+def tokenised_corpus(
+    tokenizer: Any, settings: Mapping[str, Any], setting: str, *, seed: int = 0, **chat: Any
+) -> list[_Document]:
+    """The documents of a corpus that something else than drift needs, as (input_ids, roles); settings as of one in
+    evaluation.drift.corpora, and their name in the configuration; chat: chat_template, template_arguments."""
+    return _documents(_checked(setting, settings), setting, tokenizer, DriftConfig({}, seed=seed, **chat))
+
+
 def _tokenised(name: str, tokenizer: Any, config: DriftConfig) -> list[_Document]:
-    corpus: CorpusConfig = config.corpora[name]
-    texts = _read(name, corpus, config.seed)
+    return _documents(config.corpora[name], f"{_SETTING}.{name}", tokenizer, config)
+
+
+def _documents(corpus: CorpusConfig, setting: str, tokenizer: Any, config: DriftConfig) -> list[_Document]:
+    texts = _read(corpus, setting, config.seed)
     if corpus.kind == "text":
         # Special tokens as the tokenizer adds them to plain text: a model that begins with BOS expects it here too.
         encoded = tokenizer([text for (text,) in texts], return_attention_mask=False, verbose=False)["input_ids"]
@@ -256,11 +267,11 @@ def _tokenised(name: str, tokenizer: Any, config: DriftConfig) -> list[_Document
     kept = [document for document in cut if needed in document.roles[1:]]
     if len(kept) < len(cut):
         log.warning(
-            "%s.%s: %d of %d documents were left out, no token of them to be predicted lies within max_tokens=%d",
-            _SETTING, name, len(cut) - len(kept), len(cut), corpus.max_tokens,
+            "%s: %d of %d documents were left out, no token of them to be predicted lies within max_tokens=%d",
+            setting, len(cut) - len(kept), len(cut), corpus.max_tokens,
         )  # fmt: skip
     if not kept:
-        raise UserError(f"{_SETTING}.{name} has no token to measure: raise its max_tokens={corpus.max_tokens}.")
+        raise UserError(f"{setting} has no token to measure: raise its max_tokens={corpus.max_tokens}.")
     return kept
 
 

@@ -140,7 +140,7 @@ def verify_decoder(model: nn.Module, tolerance: float = 1e-3) -> None:
     vocabulary = decoder.head.arguments()["weight"].shape[0]
     ids = torch.arange(3, 11, device=device).remainder(vocabulary).unsqueeze(0)
     mask = torch.ones_like(ids)
-    with _evaluating(model):
+    with evaluating(model):
         theirs = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         hidden = decoder.hidden(ids, mask)
     head_dtype = decoder.head.arguments()["weight"].dtype
@@ -170,7 +170,7 @@ def verify_packing(model: nn.Module, tolerance: float = 1e-3) -> None:
         f"{type(body).__name__} does not keep the examples of a packed row apart: set data.packing=false, or "
         "model.name to another family."
     )
-    with _evaluating(model):
+    with evaluating(model):
         expected = [body(input_ids=part, use_cache=False).last_hidden_state.float() for part in ids.split(lengths, 1)]
         try:
             packed = packed_states(body, ids, [(0, *edge) for edge in pairwise(edges)]).float()
@@ -187,7 +187,7 @@ def _low(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in eval mode; on exit every module has its mode back."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()

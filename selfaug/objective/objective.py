@@ -198,10 +198,15 @@ class Objective:
         """alpha * penalty of all parameter terms together, None where no alpha is above 0, and each penalty by name."""
         total, found = None, {}
         for name, term in self.parameter_terms.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0):
-                found[name] = term.penalty(model)
+            # Sums over all weights are no place for the low precision of the model's products.
+            with (
+                torch.autocast(next(model.parameters()).device.type, enabled=False),
+                torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0),
+            ):
+                penalty = term.penalty(model)
+            found[name] = penalty.detach()
             if term.alpha != 0:
-                total = term.alpha * found[name] if total is None else total + term.alpha * found[name]
+                total = term.alpha * penalty if total is None else total + term.alpha * penalty
         return total, found
 
     def close(self) -> None:

@@ -60,7 +60,11 @@ class Term(Protocol):
 
 
 class ParameterTerm(Protocol):
-    """alpha * penalty, where the penalty depends on the trained weights and not on the tokens."""
+    """alpha * penalty, where the penalty depends on the trained weights and not on the tokens.
+
+    May also have `held_bytes(model)`, what it keeps beside the weights, for the memory plan; and `prepare` and `use`,
+    where it needs data first (preparation.py).
+    """
 
     @property
     def alpha(self) -> float:
@@ -75,7 +79,8 @@ class ParameterTerm(Protocol):
         ...
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """A scalar with a graph to the trained weights."""
+        """A scalar with a graph to the trained weights. Called once in every step, in every process, with the model
+        whole in each: sharded weights have to be gathered (lora_pairs.whole)."""
         ...
 
 

@@ -28,6 +28,7 @@ from selfaug.model.shard import shard
 from selfaug.module import OptimizerConfig, SelfAugModule
 from selfaug.objective import TASK, HiddenAlignment, Objective
 from selfaug.objective.alphas import Alphas
+from selfaug.objective.preparation import Prepares
 from selfaug.paths import cache_dir
 from selfaug.run.identity import caches_reference
 from selfaug.run.machine import room
@@ -127,7 +128,7 @@ def check(config: DictConfig) -> None:
         if name in config.trainer:
             raise UserError(f"trainer.{name} is not supported: set {instead} instead.")
     mixture(config)
-    objective(config)
+    preparations(config, objective(config))
     call(OptimizerConfig, "optimizer", **plain(config.optimizer))
     precision(config)
     devices(config)
@@ -212,6 +213,14 @@ def objective(config: DictConfig) -> Objective:
                 )
     weights = make(config.method.weights, "method") if config.method.get("weights") else None
     return Objective(terms, reference(config), weights, (TASK, *(config.data.get("mixture") or {})))
+
+
+def preparations(config: DictConfig, goal: Objective) -> dict[str, Prepares]:
+    """What of the method is prepared before the first step, by name: method.learn, and weights and terms that ask."""
+    parts: dict[str, Any] = {**goal.terms, **goal.parameter_terms, "weights": goal.weights}
+    if config.method.get("learn"):
+        parts["learn"] = make(config.method.learn, "method")
+    return {name: part for name, part in parts.items() if hasattr(part, "prepare")}
 
 
 def _check_schedules(config: DictConfig, terms: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
 from selfaug.callbacks.advice import Advice
+from selfaug.callbacks.prepare import Prepare
 from selfaug.callbacks.reference_fill import FillReference
 from selfaug.callbacks.retention_probe import ProbeConfig, RetentionProbe
 from selfaug.callbacks.saving import SaveCheckpoints, newest_checkpoint
@@ -55,9 +56,15 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     if module.objective.terms and isinstance(module.objective.reference, CachedReference):
         fill = FillReference(module.objective.reference, data, config.progress)
         callbacks.append(fill)
+    prepare = Prepare(
+        build.preparations(config, module.objective), run.prepared, data, chat_settings(config), config.progress
+    )
+    if prepare.parts:
+        callbacks.insert(-1 if fill is None else -2, prepare)  # before what saves: it may write metrics
     trainer = build.trainer(config, callbacks, loggers, str(run.path))
     checkpoint = _resume_from(config, run)
     if checkpoint is not None:
+        prepare.check_resumable()
         log.info("resuming from %s", checkpoint)
     try:
         # Lightning's own loops and our state are plain Python and tensors, so nothing needs to be unpickled.
@@ -84,6 +91,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
             {
                 "seconds": throughput.seconds,
                 "reference_seconds": fill.seconds if fill else None,  # before the first step, and not in `seconds`
+                "prepare_seconds": prepare.seconds if prepare.parts else None,  # the same
                 "tokens": throughput.tokens,
                 "steps": trainer.global_step,
                 "peak_bytes": peak,

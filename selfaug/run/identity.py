@@ -70,6 +70,7 @@ class RunDirectory:
     config.yaml      the resolved configuration
     run.json         what the run was started on (fingerprint of the data)
     metrics.csv      what was logged, by step
+    prepared/        what the method has measured before its first step, if it does
     checkpoints/     for resuming; trainable weights, optimiser and loops only
     adapter/         the tuned PEFT adapter, written when training is complete
     model/           in its place, where the base weights themselves were trained: the whole model with its tokenizer
@@ -96,6 +97,10 @@ class RunDirectory:
             if (folder / file).is_file():
                 return folder
         return None
+
+    @property
+    def prepared(self) -> Path:
+        return self.path / "prepared"
 
     @property
     def checkpoints(self) -> Path:

@@ -52,8 +52,8 @@ class Costs:
     themselves), with its gradients and the optimiser's state. head: a copy of it in the dtype of the products. logits:
     buffers of the loss for one row, at most `chunk` for all of them. heap: factor from what lives to what it takes
     (machine.py). layers: of the model. cache: reference states in memory. inside: for one token, what terms on hidden
-    states keep of both models. process: what there is beside the model, on a CPU. recomputes: gradient checkpointing is
-    on. rank: of the adapter.
+    states keep of both models. terms: what terms on the weights keep. process: what there is beside the model, on a
+    CPU. recomputes: gradient checkpointing is on. rank: of the adapter.
     """
 
     weights: int
@@ -69,13 +69,15 @@ class Costs:
     cache: int = 0
     process: int = 0
     inside: int = 0
+    terms: int = 0
     recomputes: bool = False
     rank: int | None = None
 
     @property
     def resident(self) -> int:
         """All that does not depend on the micro-batch."""
-        return self.process + self.weights + self.adapters + self.gradients + self.optimiser + self.head + self.cache
+        training = self.adapters + self.gradients + self.optimiser + self.terms
+        return self.process + self.weights + training + self.head + self.cache
 
     def activations(self, at: Largest) -> int:
         return round(self.heap * self.measured.top(*at)) + self.inside * at.tokens
@@ -134,6 +136,11 @@ def hidden_bytes(goal: Objective, model: nn.Module) -> int:
     terms = [term for term in goal.terms.values() if isinstance(term, HiddenAlignment)]
     modules = [module for term in terms for module in term.modules(decoder.body)]
     return sum(2 * product_dtype(weight).itemsize * getattr(m, "out_features", weight.shape[1]) for m in modules)
+
+
+def term_bytes(goal: Objective, model: nn.Module) -> int:
+    """What terms on the weights keep beside them, as they say themselves."""
+    return sum(term.held_bytes(model) for term in goal.parameter_terms.values() if hasattr(term, "held_bytes"))
 
 
 def largest(sampler: StepSampler, steps: int, costs: Costs) -> Largest:
@@ -220,7 +227,7 @@ def _lower_rank(costs: Costs, at: Largest, limit: int) -> Change | None:
         return None
     for exponent in reversed(range((costs.rank - 1).bit_length())):
         share = 2**exponent / costs.rank
-        parts = {name: round(getattr(costs, name) * share) for name in ("adapters", "gradients", "optimiser")}
+        parts = {name: round(getattr(costs, name) * share) for name in ("adapters", "gradients", "optimiser", "terms")}
         change = Change(f"adapter.r={2**exponent}", replace(costs, **parts, rank=2**exponent), at)
         if change.peak <= limit:
             return change
@@ -271,7 +278,7 @@ class MemoryPlan(L.Callback):
         )
         costs = replace(costs, weights=costs.weights + copied)
         with trainer.precision_plugin.train_step_context():
-            costs = replace(costs, inside=hidden_bytes(goal, model))
+            costs = replace(costs, inside=hidden_bytes(goal, model), terms=term_bytes(goal, model))
         if pl_module.device.type != "cuda":
             costs = replace(costs, process=max(taken - costs.weights - costs.adapters, 0))
         steps = int(trainer.estimated_stepping_batches)  # this also makes the loader
@@ -290,7 +297,7 @@ class MemoryPlan(L.Callback):
 
 def as_parts(costs: Costs, at: Largest, limit: int | None) -> dict[str, int | None]:
     """The plan in bytes; the moments of the peak do not add up to it, see Costs.peak."""
-    named = ("process", "weights", "adapters", "gradients", "optimiser", "cache")
+    named = ("process", "weights", "adapters", "gradients", "optimiser", "terms", "cache")
     return {
         "peak_bytes": costs.peak(at),
         "available_bytes": limit,
@@ -305,7 +312,7 @@ def as_parts(costs: Costs, at: Largest, limit: int | None) -> dict[str, int | No
 def line(costs: Costs, at: Largest, limit: int | None) -> str:
     """The plan for the log. GB are 1e9 bytes."""
     parts = as_parts(costs, at, limit)
-    named = ("process", "weights", "adapters", "gradients", "optimiser", "cache", "activations", "loss")
+    named = ("process", "weights", "adapters", "gradients", "optimiser", "terms", "cache", "activations", "loss")
     sizes = ", ".join(f"{name} {(parts[f'{name}_bytes'] or 0) / GB:.2f}" for name in named if parts[f"{name}_bytes"])
     known = "" if limit is None else f" of the {limit / GB:.1f} GB there are"
     return (

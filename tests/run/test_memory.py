@@ -20,6 +20,7 @@ from selfaug.data.batching import StepSampler
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
 from selfaug.model.load import recompute_activations
+from selfaug.objective import EWC, LogitAlignment, Objective, Orthogonal
 from selfaug.run import machine, memory, probe
 from selfaug.run.identity import register_resolvers
 from selfaug.run.memory import Costs, Largest, advise, count, largest
@@ -183,6 +184,15 @@ def test_counted_parts():
     mixed = count(model_for(recompute=True), context(True), reference=True)
     assert (mixed.head, mixed.logits) == (97 * 32 * 2, 2 * 2 * 97)
     assert mixed.recomputes
+
+
+def test_what_terms_on_the_weights_hold_is_counted():
+    model = model_for()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    goal = Objective({"ewc": EWC({}), "orthogonal": Orthogonal(), "kl": LogitAlignment()})
+    assert memory.term_bytes(goal, model) == 2 * 4 * trained  # Fisher information and start
+    assert replace(COSTS, terms=5 * MB).peak(AT) == COSTS.peak(AT) + 5 * MB
+    assert memory.as_parts(replace(COSTS, terms=5 * MB), AT, None)["terms_bytes"] == 5 * MB
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
