@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from selfaug.data.datamodule import RagDataModule
 from selfaug.data.mixture import MixtureSource, check_source
 from selfaug.data.prompt import PromptConfig
+from selfaug.data.rewriting import RewriteConfig, RewrittenSource
+from selfaug.data.schema import Source
 from selfaug.data.sources.self_dialogues import SelfDialogues
 from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
@@ -128,6 +130,8 @@ def check(config: DictConfig) -> None:
         if name in config.trainer:
             raise UserError(f"trainer.{name} is not supported: set {instead} instead.")
     mixture(config)
+    if config.data.get("rewrite"):
+        call(RewriteConfig, "data", **plain(config.data.rewrite))
     preparations(config, objective(config))
     call(OptimizerConfig, "optimizer", **plain(config.optimizer))
     precision(config)
@@ -140,6 +144,8 @@ def data(config: DictConfig) -> RagDataModule:
     node = plain(config.data)
     prompt = call(PromptConfig, "data/prompt", **node.pop("prompt"))
     source = make(node.pop("source"), "data")
+    if rewrite := node.pop("rewrite", None):
+        source = _rewritten(config, source, call(RewriteConfig, "data", **rewrite), prompt)
     node["mixture"] = mixture(config)
     for shorthand in ("name", "path", "context_tokens", "answer_tokens"):  # they only feed other settings
         node.pop(shorthand, None)
@@ -147,6 +153,12 @@ def data(config: DictConfig) -> RagDataModule:
         RagDataModule, "data", source=source, tokenizer=tokenizer, prompt=prompt, seed=config.seed,
         progress=config.progress, **node,
     )  # fmt: skip
+
+
+def _rewritten(config: DictConfig, source: Source, rewrite: RewriteConfig, prompt: PromptConfig) -> Source:
+    from selfaug.run.rewriting import ModelRewriter  # which builds a model
+
+    return RewrittenSource(source, ModelRewriter(config, rewrite, prompt))
 
 
 def mixture(config: DictConfig) -> dict[str, MixtureSource]:
