@@ -98,6 +98,7 @@ def test_the_default_adapter_is_lora_of_rank_16():
         "paths.runs_dir=/elsewhere", "logger=wandb", "logger=tensorboard", "progress=false", "tags=[a,b]",
         "data.num_workers=3", "force=true", "ckpt_path=null", "callbacks.checkpoint_every_n_steps=3", "debug=traceback",
         "method=selfaug", "alignment=input_logits", "seed=1", "self_dialogues=bait", "self_dialogues.turns=3",
+        "data.batch_counts=task",
     ],
 )  # fmt: skip
 def test_what_does_not_change_the_result_keeps_the_hash(override: str):
@@ -111,7 +112,7 @@ def test_what_does_not_change_the_result_keeps_the_hash(override: str):
         "alignment.divergence=kl_tuned_base", "seed=2", "optimizer.lr=1e-4", "method=lora", "adapter.r=8",
         "data=rag_instruct", "data.batch_size=8", "data.limit_train=10", "data.prompt.max_tokens=512",
         "model=qwen2_5_7b", "model.dtype=float32", "trainer.max_epochs=2", "trainer.precision=32-true",
-        "evaluation.rag.limit=10", "trainer=ddp", "debug=smoke", "method=sa_sft", "data.batch_counts=task",
+        "evaluation.rag.limit=10", "trainer=ddp", "debug=smoke", "method=sa_sft",
         "+mixture@data.mixture.more=alpaca_sample",
     ],
 )  # fmt: skip
@@ -159,6 +160,10 @@ def test_settings_of_self_dialogues_change_the_hash_where_they_are_used(method: 
         config = composed(f"method={method}", change)
         assert config_hash(config) != plain
         assert config.data.mixture.self_dialogues.ratio == config.method.ratio
+
+
+def test_what_the_batch_counts_is_part_of_a_mixture():
+    assert config_hash(composed("method=sa_sft", "data.batch_counts=task")) != config_hash(composed("method=sa_sft"))
 
 
 def test_a_source_of_a_method_can_be_another():

@@ -50,7 +50,9 @@ def config_hash(config: DictConfig) -> str:
         # step, or never. Where it is kept makes no difference.
         relevant["reference"] = "cached"
     data: Any = relevant.get("data") or {}
-    relevant["data"] = {k: v for k, v in data.items() if k not in _IRRELEVANT_DATA}
+    # Without a mixture the batch counts the same examples either way.
+    unused = _IRRELEVANT_DATA if data.get("mixture") else _IRRELEVANT_DATA | {"mixture", "batch_counts"}
+    relevant["data"] = {k: v for k, v in data.items() if k not in unused}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,17 @@ def model_identity(config: DictConfig) -> str:
     """Names the base model as it would write here: a model folder by the content of its files, whatever its path."""
     place = Path(locate(config.model.name))
     if place.is_dir():
-        files = {file.name: file for pattern in _FILES for file in place.glob(pattern)}
-        model = hash_sources("model", 1, {}, files)
+        files = sorted(file for pattern in _FILES for file in place.glob(pattern))
+        model = _content(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
     else:
         model = f"{config.model.name}@{config.model.revision}"
     return f"{model} {config.model.dtype} {build.precision(config).name}"
+
+
+@cache
+def _content(files: tuple[tuple[str, int, int], ...]) -> str:
+    """A hash of files (path, size, time of change): a sweep in one process reads a model once."""
+    return hash_sources("model", 1, {}, {Path(name).name: Path(name) for name, _, _ in files})
 
 
 def _write(config: DictConfig, settings: Settings, wanted: Wanted, store: DialogueStore, named: dict[str, str]) -> None:

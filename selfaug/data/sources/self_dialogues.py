@@ -32,6 +32,7 @@ class SelfDialogues:
         self.settings = Settings(**settings)
         self.wanted = Wanted(number, max_tokens)
         self.writer: Writer | None = None
+        self._written: DialogueStore | None = None
 
     def ask(self, examples: int | None = None, tokens: int | None = None) -> None:
         """How much the mixture has a use for; a number of one's own wins."""
@@ -56,4 +57,6 @@ class SelfDialogues:
                 "Self-dialogues need a model to write them: write them with python -m selfaug.dialogues, and give the "
                 "file to mixture jsonl."
             )
-        return self.writer(self.settings, self.wanted)
+        if self._written is None:
+            self._written = self.writer(self.settings, self.wanted)
+        return self._written
