@@ -93,9 +93,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             wrapper.enable_adapters(True)
         for module in training:
             module.training = True
-        # enable_adapters(True) makes every active adapter trainable: give each parameter its own flag back.
+        # enable_adapters(True) makes every active adapter trainable: give each parameter its own flag back. (Where
+        # nothing was switched, FSDP may have put whole parameters in the place of sharded ones meanwhile.)
         keep = {id(p) for p in trainable}
-        for parameter in model.parameters():
+        for parameter in model.parameters() if enabled else ():
             if parameter.requires_grad != (id(parameter) in keep):
                 parameter.requires_grad_(id(parameter) in keep)
 
