@@ -25,7 +25,7 @@ def test_a_run_rewrites_its_targets_once(runs: Runs, tmp_path: Path, monkeypatch
     def counted(self, examples):
         written.append(len(examples))
         if fail and len(written) == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
         return write(self, examples)
 
     monkeypatch.setattr(ModelRewriter, "_write", counted)

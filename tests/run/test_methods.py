@@ -1,0 +1,29 @@
+"""+experiment=methods debug=smoke: every method from the command line to one table."""
+
+import json
+from pathlib import Path
+
+from tests.run.conftest import Runs
+from tests.run.test_dialogues import SHORT, talk, talkative  # noqa: F401
+
+
+def test_every_method_runs_and_one_that_cannot_is_named(talk: Runs, tmp_path: Path):  # noqa: F811
+    done = talk.inline(
+        "+experiment=methods", "debug=smoke", "seed=1", *SHORT,
+        SELFAUG_CACHE=str(tmp_path / "c"),
+    )  # fmt: skip
+    assert done.returncode == 1
+    (named,) = [line for line in done.stderr.splitlines() if line.startswith("selfaug: ")]
+    assert "stm" in named  # the random model finds no token likely, so that there is nothing to be learned
+    assert "method.learn.threshold=2.5 leaves none of" in named
+    (sweep,) = (talk.runs / "sweeps").iterdir()
+    records = [json.loads(path.read_text()) for path in (sweep / "jobs").iterdir()]
+    methods = {record["name"].partition("-")[0]: record["error"] is None for record in records}
+    assert len(methods) == len(records) == 20
+    assert [method for method, finished in methods.items() if not finished] == ["stm"]
+    table = (sweep / "table.md").read_text()
+    assert all(
+        f"| {method}" in table or f"name={method}" in table for method in methods if method not in ("stm", "lora")
+    )
+    assert "| plain LoRA |" in table
+    assert (sweep / "report.html").is_file()
