@@ -10,6 +10,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -89,7 +90,8 @@ def place_digest(digest: str, device: torch.device) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, in row-major order; without a copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    # Not Tensor.numpy(), after which the storage could no longer be resized, as FSDP does with gathered weights.
+    return np.from_dlpack(tensor.detach().contiguous().reshape(-1).view(torch.uint8)).data
 
 
 def _chunks(tensor: Tensor) -> list[memoryview]:

@@ -38,7 +38,9 @@ def load_models(config: DictConfig) -> Models:
         check_vocabulary(config, models)
         return models
     try:
-        return beside_base(config, _from_checkpoint(config, path)) if checkpoint else saved_models(config, folder)
+        models = beside_base(config, _from_checkpoint(config, path)) if checkpoint else saved_models(config, folder)
+        check_vocabulary(config, models)
+        return models
     except (RuntimeError, ValueError) as error:  # peft's and torch's ways of saying that shapes or names differ
         raise UserError(
             f"target={target} was not trained on model.name={config.model.name} "

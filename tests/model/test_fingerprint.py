@@ -5,7 +5,7 @@ import torch
 from peft import inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
-from selfaug.model.fingerprint import base_tensors, model_digest, place_digest
+from selfaug.model.fingerprint import base_tensors, model_digest, place_digest, tensor_bytes
 from tests.tiny import FAMILIES, lora_config, tiny_model
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -162,3 +162,11 @@ def test_surroundings_count():
     with torch.autocast("cpu", torch.float16, enabled=False):
         assert place_digest("a", cpu) == digests["plain"]
     assert place_digest("a", torch.device("cuda:1")) == digests["device"]
+
+
+def test_looking_at_the_bytes_leaves_a_tensor_resizable():
+    """FSDP frees gathered weights by resizing their storage."""
+    tensor = torch.arange(3.0)
+    assert bytes(tensor_bytes(tensor)) == b"\0\0\0\0\0\0\x80?\0\0\0@"
+    assert len(tensor_bytes(torch.zeros(0))) == 0
+    tensor.untyped_storage().resize_(0)
