@@ -141,7 +141,9 @@ def _hydra_sentence(error: BaseException) -> str:
         # An override by a dictionary names the setting, and only its cause the key in it that is wrong.
         full = re.search(r"full_key: ([\w.]+)", f"{text}\n{error.__cause__}")
         key = full[1] if full else missing[1]
-        return f"There is no setting {key}{_nearest(key)}; to add it all the same write +{key}=..."
+        if (nearest := _nearest(key)) == f", did you mean {key}":
+            return f"What was chosen has no setting {key}: leave it out, or choose another {key.partition('.')[0]}."
+        return f"There is no setting {key}{nearest}; to add it all the same write +{key}=..."
     if missing := re.search(r"In '[^']+': Could not find '([^']+)'|Could not find '([^']+)'", text):
         group, _, choice = (missing[1] or missing[2]).rpartition("/")
         known = [line for line in lines[1:] if re.fullmatch(r"[\w\-.]+", line) and line != "base"]
