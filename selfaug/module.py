@@ -183,14 +183,16 @@ class SelfAugModule(L.LightningModule):
         self.step_tokens, self.step_seconds = int(tokens), time.perf_counter() - started
         values["speed/tokens_per_s"] = self.step_tokens / self.step_seconds
         for i, name in enumerate(self.objective.names):
-            values[f"train/{name}"] = float(sums[1 + i])
             values[f"train/rows_{name}"] = int(totals[i])
+            if totals[i] or name not in self.objective.measured:  # a mean over nothing says nothing
+                values[f"train/{name}"] = float(sums[1 + i])
         values |= {f"train/{name}": float(penalty) for name, penalty in penalties.items()}
         for name, alpha in alphas.items():
             values["train/alpha" if len(alphas) == 1 else f"train/alpha_{name}"] = alpha
         self.latest = values
         self.write_metrics(values)
-        self.log_dict({name: values[f"train/{name}"] for name in self.objective.names}, prog_bar=True, logger=False)
+        shown = {name: values[f"train/{name}"] for name in self.objective.names if f"train/{name}" in values}
+        self.log_dict(shown, prog_bar=True, logger=False)
 
     def write_metrics(self, values: dict[str, float]) -> None:
         """To every logger, at the number of optimiser steps done so far.
@@ -215,7 +217,9 @@ class SelfAugModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         nats, rows = self._over_processes(self._sums)
         means = (nats / rows.clamp_min(1)).tolist()
-        values = {f"val/{name}": value for name, value in zip(self.objective.names, means, strict=True)}
+        # Of the further data sources, and of terms on them, there is nothing in the validation.
+        measured = zip(self.objective.names, means, rows.tolist(), strict=True)
+        values = {f"val/{name}": value for name, value, count in measured if count}
         self.write_metrics(values)
         self.log_dict(values, prog_bar=True, logger=False)
 

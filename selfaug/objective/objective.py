@@ -79,7 +79,12 @@ class Objective:
         """The parts of the loss that are means over rows, in a fixed order: nll, what is minimised in its place where
         tokens are weighted, the nll of each source where there are several, the terms."""
         weighted = () if self.weights is None else (WEIGHTED,)
-        return (NLL, *weighted, *(f"{NLL}_{source}" for source in self.sources), *self.terms)
+        return (NLL, *weighted, *self.measured, *self.terms)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The parts that are only looked at: the nll of each source."""
+        return tuple(f"{NLL}_{source}" for source in self.sources)
 
     @property
     def minimised(self) -> str:
