@@ -52,6 +52,8 @@ def config_hash(config: DictConfig) -> str:
     data: Any = relevant.get("data") or {}
     # Without a mixture the batch counts the same examples either way.
     unused = _IRRELEVANT_DATA if data.get("mixture") else _IRRELEVANT_DATA | {"mixture", "batch_counts"}
+    if not data.get("rewrite"):
+        unused |= {"rewrite"}
     relevant["data"] = {k: v for k, v in data.items() if k not in unused}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
