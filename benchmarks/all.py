@@ -28,6 +28,7 @@ CPU: dict[str, tuple[str, float]] = {
     "sweep": ("sweep", 90),
     "evaluation": ("evaluation", 40),
     "full_finetuning": ("full_finetuning", 15),
+    "dialogues": ("dialogues", 30),
     "serial_jobs": ("serial_jobs", 40),
 }
 _T = (1024, 4096, 16384)

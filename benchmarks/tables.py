@@ -13,11 +13,23 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import common, data, evaluation, goals, linear_kl, long_context, serial_jobs, step, sweep
+from benchmarks import (
+    common,
+    data,
+    dialogues,
+    evaluation,
+    full_finetuning,
+    goals,
+    linear_kl,
+    long_context,
+    serial_jobs,
+    step,
+    sweep,
+)
 from benchmarks.common import Column, Row
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = (DOCS / "speed.md", DOCS / "evaluation.md", DOCS / "sweeps.md")
+PAGES = (DOCS / "speed.md", DOCS / "evaluation.md", DOCS / "sweeps.md", DOCS / "methods.md")
 COLUMNS: dict[str, Sequence[Column]] = {
     "linear_kl": linear_kl.COLUMNS,
     "step": step.COLUMNS,
@@ -26,6 +38,8 @@ COLUMNS: dict[str, Sequence[Column]] = {
     "long_context": long_context.COLUMNS,
     "evaluation": evaluation.COLUMNS,
     "serial_jobs": serial_jobs.COLUMNS,
+    "full_finetuning": full_finetuning.COLUMNS,
+    "dialogues": dialogues.COLUMNS,
 }
 _MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
