@@ -13,6 +13,7 @@ from selfaug.data.collate import collate
 from selfaug.data.datamodule import RagDataModule
 from selfaug.model.cache import CachedReference, Processes
 from selfaug.model.decoder import Decoder
+from selfaug.model.shard import reshard
 from selfaug.objective.batch import TokenBatch
 
 
@@ -28,8 +29,8 @@ class FillReference(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         began = time.perf_counter()
-        # Here the model is on its device, and sharded if it is to be; where a checkpoint has been read, it has
-        # brought adapters only.
+        # Here the model is on its device, and sharded if it is to be. Where a checkpoint with base weights has been read,
+        # nothing may be missing any more (CachedReference.fill).
         pad_id = self.data.tokenizer.pad_token_id or 0
         examples = _Rows(self._needed(trainer), pad_id)
         scores = {term.sampling.score for term in pl_module.objective.terms.values()} - {None}
@@ -45,6 +46,7 @@ class FillReference(L.Callback):
                 processes=Processes(trainer.global_rank, trainer.world_size, trainer.num_nodes, most),
                 progress=self.progress and trainer.is_global_zero,
             )
+        reshard(pl_module.model)  # Lightning reads the checkpoint of a sharded model after this hook
         trainer.strategy.barrier()
         self.seconds = time.perf_counter() - began
 

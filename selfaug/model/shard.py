@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder, decoder_layers
@@ -26,3 +26,11 @@ def shard(model: nn.Module, mesh: Any) -> None:
     for layer in decoder_layers(decoder.body):
         fully_shard(layer, mesh=mesh)
     fully_shard(decoder.body, mesh=mesh, ignored_params=whole)
+
+
+def reshard(model: nn.Module) -> None:
+    """Shard again what a forward pass has gathered and no backward pass has given back: a checkpoint can be read into
+    sharded weights only. Does nothing to a model that is whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -217,6 +217,13 @@ def test_killed_and_resumed_is_never_killed(whole: tuple[Path, Path], runs: Runs
     same(runs.only(), whole[0])
 
 
+def test_sharded_too(aligned: Path, runs: Runs, tmp_path: Path):
+    setting = (*ALIGNED, "trainer=fsdp", "callbacks.checkpoint_every_n_steps=2", *disk(tmp_path / "cache"))
+    assert stop(runs, 2, signal.SIGTERM, *setting).returncode == 143
+    assert not (runs.only() / "model").exists()
+    assert relative_error(weights(aligned), weights(runs.done(*setting))) < 1e-4
+
+
 def test_with_a_copy_too(runs: Runs):
     setting = (*LONG, COPY)
     uninterrupted = runs.into(runs.runs / "whole").done(*setting)
