@@ -29,8 +29,8 @@ class FillReference(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         began = time.perf_counter()
-        # Here the model is on its device, and sharded if it is to be. Where a checkpoint with base weights has been read,
-        # nothing may be missing any more (CachedReference.fill).
+        # Here the model is on its device, and sharded if it is to be. Where a checkpoint with base weights has been
+        # read, nothing may be missing any more (CachedReference.fill).
         pad_id = self.data.tokenizer.pad_token_id or 0
         examples = _Rows(self._needed(trainer), pad_id)
         scores = {term.sampling.score for term in pl_module.objective.terms.values()} - {None}
