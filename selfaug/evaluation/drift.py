@@ -51,7 +51,8 @@ T = TypeVar("T")
 class CorpusConfig:
     """One corpus: a packaged `asset`, or a JSON-lines file at `path`.
 
-    kind: text ({"text"} a line) or dialogue ({"prompt", "response"} a line: one turn each).
+    kind: text ({"text"} a line) or dialogue ({"prompt", "response"} a line, or {"messages"}, as self-dialogues are
+        written, of which the first turn counts).
     limit: documents measured, a seeded sample; null for all. max_tokens: of each document, from its start.
     """
 
@@ -208,6 +209,8 @@ def _records(
     for number, line in read_lines(path):
         try:
             record = decode_object(line)
+            if fields == _FIELDS["dialogue"] and "messages" in record:
+                record = _first_turn(record["messages"])
             values = tuple(record.get(name) for name in fields)
             for name, value in zip(fields, values, strict=True):
                 if not isinstance(value, str) or not (value.strip() or name in optional):
@@ -215,6 +218,14 @@ def _records(
         except ValueError as error:
             raise UserError(f"{setting or path}, line {number}: {error}; correct that line.") from error
         yield values  # type: ignore[misc]
+
+
+def _first_turn(messages: Any) -> dict[str, Any]:
+    """The first user message and its answer, of a line such as `python -m selfaug.dialogues` writes."""
+    turns = messages[:2] if isinstance(messages, list) else []
+    if [turn.get("role") if isinstance(turn, dict) else None for turn in turns] != ["user", "assistant"]:
+        raise ValueError('"messages" must begin with a message of the user and one of the assistant')
+    return {"prompt": turns[0].get("content"), "response": turns[1].get("content")}
 
 
 def _sample(items: Iterable[T], limit: int | None, seed: int) -> list[T]:

@@ -239,6 +239,8 @@ def test_bad_settings(settings, message):
         ("", r"is empty: set it to"),
         ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', r', line 2: "response" must be a text'),
         ('{"prompt": " ", "response": "b"}\n', r', line 1: "prompt" must be a text'),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', r', line 1: "messages" must begin with'),
+        ('{"messages": "a"}\n', r', line 1: "messages" must begin with'),
         ("[1]\n", r", line 1: must be a JSON object"),
         ("{\n", r", line 1: not valid JSON"),
     ],
@@ -262,6 +264,20 @@ def test_models_that_cannot_be_measured(files, tokenizer):
     given = DriftConfig(files, chat_template=tokenizer.chat_template)
     with_own = measure_drift(tuned_model(), bare, given, progress=False)
     assert with_own == measure_drift(tuned_model(), tokenizer, DriftConfig(files), progress=False)
+
+
+def test_messages_are_read_as_their_first_turn(files, tokenizer, tmp_path):
+    """The lines of a file of self-dialogues, here with a second turn."""
+    path = tmp_path / "messages.jsonl"
+    with path.open("w") as file:
+        for prompt, answer in TURNS:
+            said = [("user", prompt), ("assistant", answer), ("user", "more"), ("assistant", "no")]
+            messages = [{"role": role, "content": content} for role, content in said]
+            file.write(json.dumps({"id": prompt, "messages": messages, "ended": True}) + "\n")
+    config = DriftConfig({"turns": {"kind": "dialogue", "path": str(path)}})
+    assert drift_module._tokenised("turns", tokenizer, config) == drift_module._tokenised(
+        "turns", tokenizer, DriftConfig(files)
+    )
 
 
 def test_response_ends_as_the_model_ends_it(files):
