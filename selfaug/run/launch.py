@@ -8,10 +8,10 @@ the configuration, make directories and, in a sweep, start a second job. (On sev
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 from selfaug.errors import UserError
@@ -45,7 +45,7 @@ def launch_workers(run_directory: Path, processes: int) -> None:
         "NODE_RANK": "0",
     }
     workers = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
     ]
 
@@ -68,7 +68,7 @@ def launch_workers(run_directory: Path, processes: int) -> None:
         raise UserError(f"Training in {processes} processes failed (exit statuses {statuses}): see the messages above.")
 
 
-def _wait(workers: list[subprocess.Popen]) -> list[int]:
+def _wait(workers: list[Popen]) -> list[int]:
     """The exit statuses. Once one worker has failed the others, which wait for it, are ended after a while."""
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers):

@@ -1,6 +1,8 @@
 """Runs for the tests of this folder: one tiny workspace for all of them, and a runner that saves the imports."""
 
 import contextlib
+import gc
+import importlib
 import io
 import logging
 import os
@@ -15,6 +17,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from selfaug import train
+from selfaug.run import launch
+from tests.run.warm import PRELOADED, Warm
 from tests.workspace import Workspace
 
 QUICK = ("trainer.precision=32-true", "evaluation.rag.limit=2", "evaluation.rag.max_new_tokens=2")
@@ -44,6 +48,7 @@ class Runs(Workspace):
             _restored(),
             mock.patch.dict(os.environ, self.environment(**variables)),
             mock.patch.object(sys, "argv", command[2:]),
+            mock.patch.object(launch, "Popen", Warm),  # workers of several processes
             contextlib.chdir(self.path),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
@@ -87,6 +92,9 @@ def _restored():
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Shared by all tests of the folder: read its files only, and use into() for a directory of runs."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # what was imported stays: every run collects garbage twice, and need not look through it again
     return Runs(tmp_path_factory.mktemp("workspace"))
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from selfaug import dialogues, train
 from tests.run.conftest import Runs
+from tests.run.warm import Warm
 from tests.run.test_errors import refused
 from tests.tiny import save_tiny
 
@@ -78,19 +79,18 @@ def test_dialogues(talk: Runs, tmp_path: Path):
 def test_killed_and_resumed(talk: Runs, tmp_path: Path):
     wanted = ["self_dialogues.number=120", "self_dialogues=bait", "self_dialogues.turns=2"]
     shared = [one for one in talk.overrides() if one.startswith(("model", "trainer", "progress"))]
-    process = subprocess.Popen(
+    process = Warm(
         [sys.executable, "-m", "selfaug.dialogues", *shared, *SHORT, *wanted],
-        cwd=talk.path, env=talk.environment(SELFAUG_CACHE=str(tmp_path / "c")), stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        cwd=talk.path, env=talk.environment(SELFAUG_CACHE=str(tmp_path / "c")), stdout=subprocess.PIPE,
     )  # fmt: skip
     limit = time.monotonic() + 240
     while not list(tmp_path.glob("c/dialogues/*/progress.json")) and process.poll() is None:
         assert time.monotonic() < limit
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    _, err = process.communicate()
     if process.returncode != -signal.SIGKILL:  # it was too fast to be killed
-        assert process.returncode == 0, process.stderr.read()
+        assert process.returncode == 0, err
     for cache in "cd":
         done = spoken(talk, *wanted, SELFAUG_CACHE=str(tmp_path / cache))
         assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from selfaug.callbacks.saving import newest_checkpoint
 from tests.run.conftest import Runs
+from tests.run.warm import Warm
 
 # 10 steps an epoch, validation between them, dropout that draws random numbers and a controller that changes alpha in
 # every step.
@@ -45,13 +46,11 @@ def same(one: Path, other: Path) -> None:
 def stop(runs: Runs, step: int, by: signal.Signals, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Start the command in a process of its own and send it a signal once its checkpoint of `step` is there."""
     command = runs.command(*overrides)
-    with subprocess.Popen(
-        command, cwd=runs.path, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and not list(runs.runs.glob(f"*/checkpoints/step-{step}.ckpt")):
-            time.sleep(0.002)
-        process.send_signal(by)
-        out, err = process.communicate(timeout=120)
+    process = Warm(command, cwd=runs.path, env=runs.environment(), stdout=subprocess.PIPE)
+    while process.poll() is None and not list(runs.runs.glob(f"*/checkpoints/step-{step}.ckpt")):
+        time.sleep(0.002)
+    process.send_signal(by)
+    out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
