@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from selfaug import dialogues, train
 from tests.run.conftest import Runs
-from tests.run.warm import Warm
 from tests.run.test_errors import refused
+from tests.run.warm import Warm
 from tests.tiny import save_tiny
 
 SHORT = (
