@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from selfaug.run import launch
+
 PRELOADED = [
     "torch", "torch.distributed.fsdp", "transformers", "transformers.models.llama.modeling_llama", "peft", "lightning",
     "torchmetrics", "hydra", "selfaug.train", "selfaug.run.fit", "selfaug.run.score", "selfaug.run.worker",
@@ -73,5 +75,6 @@ def _run(command: list[str], environment: dict[str, str], directory: str, place:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    launch.Popen = Warm  # type: ignore[misc, assignment]
     sys.argv = ["", *command[1:]]
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)
