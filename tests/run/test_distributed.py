@@ -15,11 +15,17 @@ from tests.run.test_same import relative_error
 
 # 5 examples a step, 2 of them in a micro-batch: 3 micro-batches for 2 processes; the last step has 2 examples.
 UNEVEN = ("data.batch_size=5", "trainer.val_check_interval=5")
+# ... and other data mixed in, with a term of its own and SelfAug's on the task's.
+MIXED = (
+    *UNEVEN, "method=replay_kl", "mixture@data.mixture.replay=jsonl", "data.mixture.replay.source.path=dialogues.jsonl",
+    "data.batch_counts=all", "method.ratio=0.3", "data.mixture.replay.nll=true", "+alignment.source=task",
+    "+method.terms.kl=${alignment}",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def single(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspace.into(tmp_path_factory.mktemp("single")).done(*UNEVEN)
+    return workspace.into(tmp_path_factory.mktemp("single")).done(*MIXED)
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
@@ -29,7 +35,7 @@ def rows(directory: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_equal_one(single: Path, runs: Runs, strategy: str):
-    directory = runs.done(*UNEVEN, f"trainer={strategy}")
+    directory = runs.done(*MIXED, f"trainer={strategy}")
     name = "adapter/adapter_model.safetensors"
     assert relative_error(load_file(single / name), load_file(directory / name)) < 1e-4
     one, two = rows(single), rows(directory)
@@ -39,8 +45,9 @@ def test_two_processes_equal_one(single: Path, runs: Runs, strategy: str):
         assert measured == {key for key, value in other.items() if value and not key.startswith("speed/")}
         for key in measured:
             assert float(other[key]) == pytest.approx(float(row[key]), rel=1e-4, abs=1e-6), (row["step"], key)
-        for key in measured & {"step", "train/tokens", "train/rows_nll", "train/rows_kl"}:
+        for key in measured & {"step", "train/tokens", "train/rows_nll", "train/rows_kl", "train/rows_replay_kl"}:
             assert float(other[key]) == float(row[key])
+    assert {"train/kl", "train/replay_kl", "train/nll_task", "train/nll_replay"} <= one[1].keys()
 
 
 def test_an_error_in_a_worker_is_one_sentence(runs: Runs):
