@@ -186,11 +186,15 @@ class Comparison:
     @cached_property
     def front(self) -> list[int]:
         """The rows that no other row beats at both the task and retention (Pareto front)."""
+        return self.front_at(self.retention)
+
+    def front_at(self, kept: Measure | None) -> list[int]:
+        """The same at the task and another measure."""
         points: dict[int, tuple[float, float]] = {}
         for index in range(len(self.rows)):
-            task, kept = self.value(index, self.task), self.value(index, self.retention)
-            if task is not None and kept is not None and self.task and self.retention:
-                points[index] = (self.task.better * task.mean, self.retention.better * kept.mean)
+            score, value = self.value(index, self.task), self.value(index, kept)
+            if score is not None and value is not None and self.task and kept:
+                points[index] = (self.task.better * score.mean, kept.better * value.mean)
         return [i for i, p in points.items() if not any(_beats(q, p) for q in points.values())]
 
 

@@ -60,7 +60,9 @@ def style() -> Iterator[None]:
 
 def plots(found: Comparison) -> list[Plot]:
     """All plots that the results have data for. Draw and write them inside `style()`."""
-    drawn: Sequence[Callable[[Comparison], Plot | None]] = (pareto, drift_forgetting, alpha_curves, forgetting_curves)
+    drawn: Sequence[Callable[[Comparison], Plot | None]] = (
+        pareto, pareto_drift, drift_forgetting, alpha_curves, forgetting_curves
+    )  # fmt: skip
     return [plot for draw in drawn if (plot := draw(found)) is not None]
 
 
@@ -69,22 +71,33 @@ def plots(found: Comparison) -> list[Plot]:
 
 def pareto(found: Comparison) -> Plot | None:
     """What was learned against what was kept, a point for each row."""
-    task, kept = found.task, found.retention
+    return _front(found, found.retention, "task-retention", "What was learned, and what was kept")
+
+
+def pareto_drift(found: Comparison) -> Plot | None:
+    """The same by drift, where benchmarks stand for what was kept: small models may have nothing to lose at those."""
+    if found.drift is found.retention:
+        return None
+    return _front(found, found.drift, "task-drift", "What was learned, and how far the model drifted")
+
+
+def _front(found: Comparison, kept: Measure | None, name: str, title: str) -> Plot | None:
+    task = found.task
     points = [i for i in range(len(found.rows)) if found.value(i, task) and found.value(i, kept)]
     if task is None or kept is None or len(points) < 2:
         return None
     figure, axes = _axes(7.2, 4.6)
-    names = _short_names(found)
+    names, best = _short_names(found), found.front_at(kept)
     for plain, front in product((False, True), (False, True)):
-        members = [i for i in points if found.rows[i].plain == plain and (i in found.front) == front]
+        members = [i for i in points if found.rows[i].plain == plain and (i in best) == front]
         colour = INK if plain else COLOURS[0] if front else MUTED
         _draw_points(axes, found, members, (kept, task), colour, filled=front)
     labels = []
     for index in points:
         x, y = _scaled(found.value(index, kept), kept), _scaled(found.value(index, task), task)
-        labels.append((index in found.front or found.rows[index].plain, x.mean, y.mean, names[index]))
+        labels.append((index in best or found.rows[index].plain, x.mean, y.mean, names[index]))
     front_points = sorted((_scaled(found.value(i, kept), kept).mean, _scaled(found.value(i, task), task).mean)
-                          for i in found.front)  # fmt: skip
+                          for i in best)  # fmt: skip
     axes.plot(*zip(*front_points, strict=True), color=COLOURS[0], linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     _name_axes(axes, kept, task)
     _place_labels(figure, axes, sorted(labels, key=lambda label: not label[0]))
@@ -92,7 +105,7 @@ def pareto(found: Comparison) -> Plot | None:
         "Each point is a row, with 95% intervals; filled and joined by the dashed line: the Pareto front, the rows "
         "that no other row beats at both. Diamond: plain LoRA. Up and to the right is better."
     )
-    return Plot("task-retention", "What was learned, and what was kept", caption, figure)
+    return Plot(name, title, caption, figure)
 
 
 # ---- alpha ----------------------------------------------------------------------------------------------------------

@@ -14,21 +14,23 @@ def headline(found: Comparison) -> str:
     if not found.rows:
         return "No run has finished."
     task, kept = found.task, found.retention
+    drift = None if found.drift is kept else found.drift
     if len(found.rows) == 1:
         (row,) = found.rows
         parts = [f"scores {_number(found, 0, task)} at the task"] if task and found.value(0, task) else []
-        parts += [_kept(found, 0)] if kept and found.value(0, kept) else []
+        parts += [_kept(found, 0, one) for one in (kept, drift) if one and found.value(0, one)]
         return f"{row.label} {' and '.join(parts)}." if parts else f"{row.label} finished; nothing was measured."
     kinds = (
         (task, "answers best", "answers demonstrably better than"),
         (kept, "forgets least", "forgets demonstrably less than"),
+        (drift, "drifts least", "drifts demonstrably less than"),
     )
     parts = []
     for measure, best_is, better_than in kinds:
         best = _best(found, measure)
         if measure is None or best is None:
             continue
-        value = _number(found, best, measure) if measure is task else _kept(found, best)
+        value = _kept(found, best, measure) if measure is kept else _number(found, best, measure)
         gain = _gain(found, best, measure)
         if found.rows[best].plain:
             parts.append(f"no row {better_than} plain LoRA ({value})")
@@ -49,7 +51,9 @@ def headline(found: Comparison) -> str:
 def findings(found: Comparison) -> list[str]:
     """What follows the headline: the best against plain LoRA, and what cannot be told apart from it."""
     sentences = []
-    for measure, name in ((found.task, "At the task"), (found.retention, _what_is_kept(found))):
+    kinds = [(found.task, "At the task"), (found.retention, _what_is_kept(found))]
+    kinds += [] if found.drift is found.retention else [(found.drift, "In drift")]
+    for measure, name in kinds:
         best = _best(found, measure)
         if measure is None or best is None:
             continue
@@ -132,10 +136,8 @@ def _with_unit(measure: Measure, text: str, unit: str = "%") -> str:
     return f"{name} {text} {unit}" if name != measure.header else f"{name} {text}"
 
 
-def _kept(found: Comparison, row: int) -> str:
-    """`kept 97.1 ±0.8 % of ...`, or how far it drifted where no benchmark was measured."""
-    measure = found.retention
-    assert measure is not None
+def _kept(found: Comparison, row: int, measure: Measure) -> str:
+    """`kept 97.1 ±0.8 % of ...`, or how far it drifted."""
     value: Interval | None = found.value(row, measure)
     if measure.key == KEPT:
         return f"kept {measure.quantity.short(value)} % of the base model's benchmark scores"

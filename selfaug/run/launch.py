@@ -44,10 +44,7 @@ def launch_workers(run_directory: Path, processes: int) -> None:
         "WORLD_SIZE": str(processes),
         "NODE_RANK": "0",
     }
-    workers = [
-        Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
-    ]
+    workers = [Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
 
     def pass_on(number: int, _: Any) -> None:
         for worker in workers:

@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 def test_all_files(written):
     files = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
-    names = ("curves", "drift-forgetting", "task-retention")
+    names = ("curves", "drift-forgetting", "task-drift", "task-retention")
     plots = [f"plots/{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert files == [*plots, "report.html", "table.md", "table.tex"]
     for name in names:
@@ -158,7 +158,7 @@ def test_tables_are_tables(written):
     scopes = [head.get("scope") for head in page.all("th")]
     assert set(scopes) <= {"col", "row", "colgroup", "rowgroup"}
     figures = [a for a in page.all("svg") if a.get("role") == "img" and a.get("aria-label")]
-    assert len(figures) == 3
+    assert len(figures) == 4
 
 
 # ---- foreign text ----------------------------------------------------------------------------------------------------
@@ -328,6 +328,7 @@ def test_headline_claims_what_the_test_says(gain, says):
     assert ("demonstrably" not in says) == (ttest_rel(ours, plain).pvalue < 0.05 and sum(ours) > sum(plain))
     assert headline(found) == (
         f"{says}position=input_logits forgets least (kept 93.8 ±5.0 % of the base model's benchmark scores, +7.0 "
+        "against plain LoRA); position=input_logits drifts least (dialogues KL(base||tuned) 0.131 ±0.013, -0.182 "
         "against plain LoRA)."
     )
 
@@ -338,6 +339,7 @@ def test_findings_name_what_cannot_be_told_apart():
     assert "At retention, position=input_logits beats plain LoRA: kept +7.0 [+6.4,+7.6] points, " in text
     assert "standard errors, p < 0.001." in text
     assert "At retention, position=input_logits is told apart from every other row." in text
+    assert "In drift, position=input_logits beats plain LoRA: dialogues KL(base||tuned) -0.18" in text
 
 
 def test_headline_of_little():
