@@ -15,7 +15,7 @@ from scipy.special import stdtr
 
 from selfaug.evaluation.statistics import Interval, over_seeds_and_items, t_interval
 from selfaug.reporting.cells import clean
-from selfaug.reporting.labels import baseline_key, is_plain, row_key, row_labels
+from selfaug.reporting.labels import adapter_kind, baseline_key, is_plain, row_key, row_labels
 from selfaug.reporting.measures import Measure, main_drift, main_retention, main_task, measures
 from selfaug.reporting.results import Results
 
@@ -73,7 +73,13 @@ def rows_of(results: Sequence[Results]) -> list[Row]:
     plain = {baseline_key(results[row.members[0]].config): row for row in rows if row.plain and row.runs}
     for row in rows:
         if not row.plain:
-            row.baseline = plain.get(baseline_key(results[row.members[0]].config))
+            config = results[row.members[0]].config
+            row.baseline = plain.get(baseline_key(config))
+            if row.baseline is None and len(plain) == 1:
+                # Full fine-tuning has no plain LoRA of its own settings; where there is one only, it is meant.
+                (only,) = plain.values()
+                if adapter_kind(config) != adapter_kind(results[only.members[0]].config):
+                    row.baseline = only
     return rows
 
 
@@ -88,7 +94,7 @@ def over_seeds(intervals: Iterable[Interval | None], same_items: bool) -> Interv
 
 
 def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
-    """row - other; None where one of them has no number."""
+    """row - other; None where one of them has no number, and where both have several seeds and none in common."""
     seeds = [seed for seed in row.runs if seed in other.runs]
     pairs = [(measure.tuned(row.runs[seed]), measure.tuned(other.runs[seed])) for seed in seeds]
     deltas = [a.mean - b.mean for a, b in pairs if a is not None and b is not None]
@@ -100,6 +106,8 @@ def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
         error = math.sqrt(sum((d - interval.mean) ** 2 for d in deltas) / (len(deltas) - 1) / len(deltas))
         t = interval.mean / error
         return Difference(interval, True, len(deltas), 2 * float(stdtr(len(deltas) - 1, -abs(t))), t)
+    if not seeds and max(len(row.runs), len(other.runs)) > 1:
+        return None
     ours, theirs = row.value(measure), other.value(measure)
     if ours is None or theirs is None or math.isnan(ours.mean - theirs.mean):
         return None
@@ -149,18 +157,25 @@ class Comparison:
         ]
 
     @cached_property
+    def adjusted(self) -> list[list[float | None]]:
+        """[row][measure]: p of the difference to plain LoRA, after Holm's correction for the rows of the column; None
+        where there is no test."""
+        found: list[list[float | None]] = [[None] * len(self.measures) for _ in self.rows]
+        for column in range(len(self.measures)):
+            tested = {
+                i: one.p for i, line in enumerate(self.differences) if (one := line[column]) and one.p is not None
+            }
+            for index, p in zip(tested, holm(list(tested.values())), strict=True):
+                found[index][column] = p
+        return found
+
+    @cached_property
     def marks(self) -> list[list[str]]:
         """[row][measure]: * for p < 0.05, ** where that holds after Holm's correction for the rows of the column."""
-        marks = [[""] * len(self.measures) for _ in self.rows]
-        for column in range(len(self.measures)):
-            tested = [
-                (index, one.p)
-                for index, line in enumerate(self.differences)
-                if (one := line[column]) is not None and one.p is not None
-            ]
-            for (index, p), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
-                marks[index][column] = "**" if adjusted < SIGNIFICANT else "*" if p < SIGNIFICANT else ""
-        return marks
+        return [
+            [_mark(gap, p) for gap, p in zip(*both, strict=True)]
+            for both in zip(self.differences, self.adjusted, strict=True)
+        ]
 
     @cached_property
     def base(self) -> list[Interval | None] | None:
@@ -193,9 +208,17 @@ class Comparison:
         points: dict[int, tuple[float, float]] = {}
         for index in range(len(self.rows)):
             score, value = self.value(index, self.task), self.value(index, kept)
-            if score is not None and value is not None and self.task and kept:
+            if score is None or value is None or not self.task or not kept:
+                continue
+            if math.isfinite(score.mean) and math.isfinite(value.mean):
                 points[index] = (self.task.better * score.mean, kept.better * value.mean)
         return [i for i, p in points.items() if not any(_beats(q, p) for q in points.values())]
+
+
+def _mark(gap: Difference | None, adjusted: float | None) -> str:
+    if gap is None or gap.p is None or adjusted is None:
+        return ""
+    return "**" if adjusted < SIGNIFICANT else "*" if gap.p < SIGNIFICANT else ""
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -83,7 +83,7 @@ def pareto_drift(found: Comparison) -> Plot | None:
 
 def _front(found: Comparison, kept: Measure | None, name: str, title: str) -> Plot | None:
     task = found.task
-    points = [i for i in range(len(found.rows)) if found.value(i, task) and found.value(i, kept)]
+    points = [i for i in range(len(found.rows)) if _has(found, i, task) and _has(found, i, kept)]
     if task is None or kept is None or len(points) < 2:
         return None
     figure, axes = _axes(7.2, 4.6)
@@ -252,7 +252,7 @@ def drift_forgetting(found: Comparison) -> Plot | None:
     drift, kept = found.drift, found.retention
     if drift is None or kept is None or drift == kept:
         return None
-    rows = [i for i in range(len(found.rows)) if found.value(i, drift) and found.value(i, kept)]
+    rows = [i for i in range(len(found.rows)) if _has(found, i, drift) and _has(found, i, kept)]
     if len(rows) < 3:
         return None
     figure, axes = _axes(7.2, 4.2)
@@ -302,6 +302,12 @@ def _draw_points(
         yerr=np.hstack([_half(value) for value in y]), fmt="D" if found.rows[rows[0]].plain else "o", markersize=6,
         color=colour, elinewidth=0.8, ecolor=(colour, 0.4), markerfacecolor=colour if filled else PAPER, zorder=4,
     )  # fmt: skip
+
+
+def _has(found: Comparison, row: int, measure: Measure | None) -> bool:
+    """Whether a row has a number; one that has diverged has none."""
+    value = found.value(row, measure)
+    return value is not None and math.isfinite(value.mean)
 
 
 def _colours(count: int) -> list[str]:

@@ -18,7 +18,7 @@ _IGNORED_GROUPS = frozenset(
     {"alignment", "callbacks", "force", "hydra", "logger", "paths", "progress", "self_dialogues"}
 )
 # What belongs to a method: its data recipe too.
-_METHOD = ("method.", "data.mixture", "data.batch_counts")
+_METHOD = ("method.", "data.mixture", "data.batch_counts", "data.rewrite")
 _IGNORED_NAMES = frozenset({"seed", "run_name", "tags", "notes", "resume", "ckpt_path", "dirpath"})
 # Only at the top: a nested `name` (of a model, of a data set) is often the setting that differs.
 _IGNORED_AT_TOP = frozenset({"name", "task_name", "group", "output"})
@@ -28,16 +28,16 @@ _NAMED_TOGETHER = 3
 
 
 def is_plain(config: dict[str, Any]) -> bool:
-    """Whether the run fine-tuned with nothing beside the NLL."""
-    method = config.get("method")
-    if not isinstance(method, dict):
+    """Whether the run fine-tuned with nothing beside the NLL, on all tokens of the task's own answers alike."""
+    method, data = config.get("method"), config.get("data") or {}
+    if not isinstance(method, dict) or method.get("weights") or method.get("learn") or data.get("rewrite"):
         return False
-    mixture = (config.get("data") or {}).get("mixture") or {}
+    mixture = data.get("mixture") or {}
     if any(_mixes(source) for source in mixture.values()):
         return False
     terms = method.get("terms")
     if not terms:
-        return method.get("name") == "lora" or (bool(mixture) and not method.get("weights"))
+        return method.get("name") == "lora" or bool(mixture)
     return isinstance(terms, dict) and all(_adds_nothing(term) for term in terms.values())
 
 
@@ -65,6 +65,11 @@ def row_key(config: dict[str, Any]) -> str:
 def baseline_key(config: dict[str, Any]) -> str:
     """Equal for a run and the plain LoRA run that it is to be compared with: all but the method is the same."""
     return _key({k: v for k, v in settings(config).items() if not k.startswith("reference.")}, method=False)
+
+
+def adapter_kind(config: dict[str, Any]) -> str:
+    """What kind of adapter trains, or that none does."""
+    return str((config.get("adapter") or {}).get("_target_"))
 
 
 def _key(flat: dict[str, Any], method: bool) -> str:

@@ -35,12 +35,22 @@ def _of_table_1(data: str, row: str, *scores: float) -> Published:
     return Published("Table 1", row, f"Qwen2.5-7B-Instruct on {data}", dict(zip(_COLUMNS, scores, strict=True)))
 
 
+# (data, our method) -> the paper's row
 TABLE_1 = {
     ("crag", "base"): _of_table_1("CRAG", "base model", -13.11, 79.88, 71.90, 74.23, 86.78, 85.48),
     ("crag", "lora"): _of_table_1("CRAG", "LoRA", 8.76, 78.05, 48.80, 73.72, 88.47, 84.55),
+    ("crag", "sft"): _of_table_1("CRAG", "SFT", 9.59, 76.83, 45.10, 72.24, 85.08, 83.72),
+    ("crag", "magpie"): _of_table_1("CRAG", "+MAGPIE", 6.22, 78.05, 58.04, 73.56, 88.47, 83.68),
+    ("crag", "sdft"): _of_table_1("CRAG", "+SDFT", 4.34, 76.83, 54.71, 73.29, 89.83, 82.54),
+    ("crag", "orthogonal"): _of_table_1("CRAG", "+Orthogonal", 2.40, 79.88, 63.77, 74.45, 89.15, 85.11),
     ("crag", "selfaug"): _of_table_1("CRAG", "SelfAug", 10.94, 79.27, 62.11, 74.04, 90.17, 83.73),
     ("rag_instruct", "base"): _of_table_1("RAG-Instruct", "base model", -13.11, 79.88, 71.90, 74.23, 86.78, 85.48),
     ("rag_instruct", "lora"): _of_table_1("RAG-Instruct", "LoRA", -7.19, 76.83, 63.77, 73.36, 90.17, 83.45),
+    ("rag_instruct", "sft"): _of_table_1("RAG-Instruct", "SFT", -13.63, 46.34, 55.64, 73.61, 90.85, 82.21),
+    ("rag_instruct", "magpie"): _of_table_1("RAG-Instruct", "+MAGPIE", -11.16, 79.88, 64.32, 72.96, 86.78, 82.36),
+    ("rag_instruct", "sdft"): _of_table_1("RAG-Instruct", "+SDFT", -17.00, 76.22, 66.73, 73.28, 89.49, 82.98),
+    ("rag_instruct", "orthogonal"): _of_table_1(
+        "RAG-Instruct", "+Orthogonal", -11.99, 79.27, 73.20, 74.61, 88.14, 85.82),
     ("rag_instruct", "selfaug"): _of_table_1("RAG-Instruct", "SelfAug", -6.22, 79.27, 68.02, 73.66, 92.20, 84.93),
 }  # fmt: skip
 
@@ -83,20 +93,24 @@ TABLE_4 = {
 def published_for(configs: Sequence[dict[str, Any]]) -> list[Published | None]:
     """For each row's configuration the paper's row, None where it has none.
 
-    Which table is meant shows in what differs between the rows: the position, the context length, the model's size, or
-    nothing but plain LoRA and SelfAug.
+    Which table is meant shows in what differs between the rows: the position of one method, the context length, the
+    model's size, or the method.
     """
-    positions = {position_of(config) for config in configs if not is_plain(config)}
+    others = [config for config in configs if not is_plain(config)]
+    positions = {position_of(config) for config in others}
+    methods = {(config.get("method") or {}).get("name") for config in others}
     contexts = {_thousands(config) for config in configs}
     sizes = {_size(config) for config in configs}
-    if len(positions) > 1:
+    if len(positions) > 1 and len(methods) == 1:
         return [TABLE_2.get(_position(config) or "") for config in configs]
     names = [_name(config) for config in configs]
     if len(contexts) > 1:
         return [TABLE_3.get(_thousands(c) or 0, {}).get(name or "") for c, name in zip(configs, names, strict=True)]
     if len(sizes) > 1:
         return [TABLE_4.get(_size(c) or "", {}).get(name or "") for c, name in zip(configs, names, strict=True)]
-    return [TABLE_1.get((_data(c), (name or "").lower())) for c, name in zip(configs, names, strict=True)]
+    return [
+        TABLE_1.get((_data(c), name.lower() if name else _baseline(c))) for c, name in zip(configs, names, strict=True)
+    ]
 
 
 def published_base(configs: Sequence[dict[str, Any]]) -> Published | None:
@@ -110,6 +124,12 @@ def _name(config: dict[str, Any]) -> str | None:
     if is_plain(config):
         return "LoRA"
     return "SelfAug" if _position(config) == "input_logits" else None
+
+
+def _baseline(config: dict[str, Any]) -> str:
+    """The name of one of the paper's other methods, which our file of that name stands for."""
+    name = str((config.get("method") or {}).get("name"))
+    return name if name in ("sft", "magpie", "sdft", "orthogonal") else ""
 
 
 def _position(config: dict[str, Any]) -> str | None:

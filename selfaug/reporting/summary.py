@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 from selfaug.evaluation.statistics import Interval
-from selfaug.reporting.compare import Comparison, Difference, difference
+from selfaug.reporting.compare import SIGNIFICANT, Comparison, Difference, difference, holm
 from selfaug.reporting.measures import KEPT, Measure
 
 _NAMED = 4  # rows that a sentence names before it counts the rest
 
 
 def headline(found: Comparison) -> str:
-    """The result in one sentence. A row is called better than plain LoRA only where the test says so."""
+    """The result in one sentence. A row is called better than plain LoRA only where the test says so, corrected for the
+    number of rows."""
     if not found.rows:
         return "No run has finished."
     task, kept = found.task, found.retention
@@ -30,17 +31,18 @@ def headline(found: Comparison) -> str:
         best = _best(found, measure)
         if measure is None or best is None:
             continue
-        value = _kept(found, best, measure) if measure is kept else _number(found, best, measure)
-        gain = _gain(found, best, measure)
-        if found.rows[best].plain:
-            parts.append(f"no row {better_than} plain LoRA ({value})")
-        elif gain is None or gain.telling:
-            over = (
-                "" if gain is None else f", {measure.quantity.number(gain.interval.mean, sign=True)} against plain LoRA"
-            )
-            parts.append(f"{found.rows[best].label} {best_is} ({value}{over})")
+        shown = _beating(found, measure)
+        row = best if best in shown or not shown or found.rows[best].baseline is None else shown[0]
+        value = _kept(found, row, measure) if measure is kept else _number(found, row, measure)
+        gain, label = _gain(found, row, measure), found.rows[row].label
+        over = "" if gain is None else f", {measure.quantity.number(gain.interval.mean, sign=True)} against plain LoRA"
+        if row in shown:
+            parts.append(f"{label} {best_is if row == best else f'{better_than} plain LoRA'} ({value}{over})")
+        elif gain is None and not found.rows[row].plain:
+            parts.append(f"{label} {best_is} ({value})")
         else:
-            parts.append(f"no row {better_than} plain LoRA (best: {found.rows[best].label}, {value})")
+            named = "" if found.rows[row].plain else f"best: {label}, "
+            parts.append(f"no row {better_than} plain LoRA ({named}{value})")
     if not parts:
         return f"{len(found.rows)} settings were run; nothing was measured that could be compared."
     text = "; ".join(parts)
@@ -59,18 +61,17 @@ def findings(found: Comparison) -> list[str]:
             continue
         label, gain = found.rows[best].label, _gain(found, best, measure)
         if gain is not None:
-            verb = "beats" if gain.telling else "is not told apart from"
+            verb = "beats" if best in _beating(found, measure) else "is not told apart from"
             sentences.append(f"{name}, {label} {verb} plain LoRA: {said(measure, gain)}.")
-        others = [
-            (row, difference(found.rows[best], row, measure)) for row in found.rows if row is not found.rows[best]
-        ]
+        others = [row for row in found.rows if row is not found.rows[best]]
+        apart = _apart([difference(found.rows[best], row, measure) for row in others])
         # What has been said of plain LoRA already is not said twice.
-        alike = [row.label for row, gap in others if not (gap and gap.telling) and not (gain and row.plain)]
+        alike = [row.label for row, told in zip(others, apart, strict=True) if not told and not (gain and row.plain)]
         if alike:
             sentences.append(f"{name}, {label} cannot be told apart from {_listed(alike)}.")
         elif len(others) > 1 or gain is None:
             sentences.append(f"{name}, {label} is told apart from every other row.")
-    if len(found.rows) > 1 and max(len(row.runs) for row in found.rows) == 1:
+    if len(found.rows) > 1 and _one_seed(found):
         sentences.append("Every row is one seed, so nothing here speaks about other seeds: train with three or more.")
     return sentences
 
@@ -104,7 +105,8 @@ NOTES: Sequence[str] = (
     "over the seeds; for general benchmarks, whose items are the same in every run, the half width over the items is "
     "added in squares. A row of one seed has the bootstrap interval over its questions, documents or items.",
     "Plain LoRA is NLL alone: method=lora, alignment=none, or alpha 0, which trains the same weights bit for bit. Each "
-    "row is compared with the plain LoRA row whose other settings are the same.",
+    "row is compared with the plain LoRA row whose other settings are the same; full fine-tuning, which has none, with "
+    "the only one there is.",
     "The difference to plain LoRA is taken seed by seed, with Student's 95% interval over the seeds. * p < 0.05 in a "
     "two-sided paired t-test over the seeds; ** still below 0.05 after Holm's correction for the rows of the column. "
     "With three seeds the test has two degrees of freedom: it finds large effects only, and no star is no proof of "
@@ -119,6 +121,34 @@ NOTES: Sequence[str] = (
 
 def _best(found: Comparison, measure: Measure | None) -> int | None:
     return None if measure is None else found.best[found.measures.index(measure)]
+
+
+def _beating(found: Comparison, measure: Measure) -> list[int]:
+    """The rows that are better than their plain LoRA, the best first: by the test, corrected for the rows of the
+    column, or, where every row is one seed, which is then said, by an interval that leaves 0 out."""
+    column, one_seed = found.measures.index(measure), _one_seed(found)
+    better: list[tuple[float, int]] = []
+    for row, gaps in enumerate(found.differences):
+        gap, p, value = gaps[column], found.adjusted[row][column], found.values[row][column]
+        if gap is None or value is None or gap.interval.mean * measure.better <= 0:
+            continue
+        if gap.telling if one_seed else p is not None and p < SIGNIFICANT:
+            better.append((-measure.better * value.mean, row))
+    return [row for _, row in sorted(better)]
+
+
+def _apart(gaps: Sequence[Difference | None]) -> list[bool]:
+    """Which differences are none by chance, by the test with Holm's correction for their number."""
+    tested = {index: gap.p for index, gap in enumerate(gaps) if gap is not None and gap.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return [
+        adjusted[index] < SIGNIFICANT if index in adjusted else gap is not None and gap.telling
+        for index, gap in enumerate(gaps)
+    ]
+
+
+def _one_seed(found: Comparison) -> bool:
+    return max(len(row.runs) for row in found.rows) == 1
 
 
 def _gain(found: Comparison, row: int, measure: Measure) -> Difference | None:

@@ -55,6 +55,35 @@ def test_means_and_paired_differences():
     assert found.differences[0] == [None] * len(found.measures)
 
 
+def test_seeds_that_are_not_the_same_are_not_compared():
+    runs = [made_up(plain=True, seed=seed) for seed in (1, 2, 3)] + [made_up(seed=seed) for seed in (4, 5, 6)]
+    found = Comparison(runs)
+    assert found.rows[1].baseline is found.rows[0]
+    assert found.differences[1] == [None] * len(found.measures)
+
+
+def test_full_fine_tuning_is_compared_with_the_only_plain_lora():
+    runs = sweep("input_logits")
+    full = [made_up(plain=True, seed=seed) for seed in SEEDS]
+    for run in full:
+        run.config["method"] = {"name": "sft", "terms": {}}
+        run.config["adapter"] = {"_target_": "selfaug.model.full.FullFineTuning", "train": "all"}
+        run.config["optimizer"] = {"lr": 1e-5}
+    rows = rows_of([*runs, *full])
+    assert [row.plain for row in rows] == [True, False, False]
+    assert rows[2].baseline is rows[0]
+
+
+def test_a_row_that_diverged_is_on_no_front():
+    runs = [*sweep("input_logits", seeds=(1,)), made_up("output_logits")]
+    for corpus in runs[-1].drift.values():
+        for metric in corpus.values():
+            metric["tuned"] = {"mean": None, "low": None, "high": None, "n": 4}
+    found = Comparison(runs)
+    assert [found.rows[i].label for i in found.front_at(found.drift)] != []
+    assert 2 not in found.front_at(found.drift)
+
+
 def test_means_of_benchmarks_carry_the_uncertainty_of_their_items():
     found = Comparison(sweep("input_logits"))
     kept = found.values[1][column(found, "kept")]

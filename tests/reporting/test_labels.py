@@ -49,6 +49,10 @@ def test_plain_lora_however_it_was_asked_for(plain):
         config("lora", KL),
         config("magpie"),
         config("lora", data=mixed(0.5)),
+        # No term that adds anything, but not all tokens count alike, or others are learned.
+        {"method": {"name": "asft", "terms": {"kl": KL | {"alpha": 0}}, "weights": {"_target_": "a.DFT"}}},
+        {"method": {"name": "stm", "terms": {}, "learn": {"_target_": "a.B"}}, "data": mixed(0)},
+        {"method": {"name": "lora", "terms": {}}, "data": {"rewrite": {"instruction": "x"}}},
         config("selfaug", KL | {"alpha": 0}, data=mixed(0.5)),
         config(term=KL | {"alpha": 0, "schedule": {"_target_": "selfaug.objective.schedules.Linear", "end": 1.0}}),
         {"method": {"name": "selfaug", "terms": {"a": KL | {"alpha": 0}, "b": KL}}},
@@ -63,6 +67,14 @@ def test_a_run_is_compared_with_plain_lora_of_its_own_settings():
     small, large = config("lora", adapter={"r": 8}), config("lora", adapter={"r": 64})
     assert baseline_key(config(term=KL, adapter={"r": 8})) == baseline_key(small) != baseline_key(large)
     assert baseline_key(config(term=KL, seed=3)) == baseline_key(config("lora", seed=1, paths={"runs_dir": "x"}))
+
+
+def test_rewritten_targets_belong_to_the_method():
+    plain, sdft = config("lora", data={"rewrite": None}), config("sdft", data={"rewrite": {"instruction": "x"}})
+    assert baseline_key(sdft) == baseline_key(plain)
+    assert row_labels([plain, config(term=KL, data={"rewrite": None}), sdft])[1:] == [
+        "name=selfaug, alpha=0.5, position=input_logits", "name=sdft",
+    ]  # fmt: skip
 
 
 def test_mixtures_are_compared_with_plain_lora_and_named_by_their_ratio():

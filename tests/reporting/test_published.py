@@ -76,6 +76,10 @@ def test_contexts_sizes_and_data():
     sizes = [config(model={"label": label}) for label in ("qwen2_5_3b", "qwen2_5_72b", "smollm2_135m")]
     assert matched(*sizes) == [("Table 4", 57.86), ("Table 4", 62.85), None]
     assert matched(config(plain=True), config()) == [("Table 1", 48.80), ("Table 1", 62.11)]
+    methods = [config(plain=True), config(), config("orthogonal"), config("x")]
+    for row, name in zip(methods[2:], ("orthogonal", "l2sp"), strict=True):
+        row["method"] = {"name": name, "terms": {name: {"_target_": "a.B", "alpha": 0.5}}}
+    assert matched(*methods) == [("Table 1", 48.80), ("Table 1", 62.11), ("Table 1", 63.77), None]
     instruct = [config(plain=True, data="rag_instruct"), config(data="rag_instruct")]
     assert matched(*instruct) == [("Table 1", 63.77), ("Table 1", 68.02)]
     assert published_base(instruct) == TABLE_1["rag_instruct", "base"]

@@ -24,7 +24,7 @@ from selfaug.errors import UserError
 _ROLES = ("system", "user", "assistant")
 # How many of the packaged instructions the shipped evaluations ask at once, all with seed 0: those of drift and of
 # style. What is measured on must not be trained on.
-MEASURED = (2, 6, 8, 16, 24, 32, 100, 200)
+MEASURED = (2, 6, 8, 16, 24, 32, 48, 100, 200)
 
 
 class JsonlDialogues:
