@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Conf
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from selfaug.assets import asset_path
-from selfaug.evaluation.drift import wikipedia_texts
+from selfaug.data.packaged import wikipedia_texts
 from selfaug.model.load import add_adapter, load_base, locate
 
 RANDOM = "random:"

@@ -98,7 +98,7 @@ class SelfAugModule(L.LightningModule):
             seed,
             shard,
         )
-        self.alphas = Alphas(objective.terms)
+        self.alphas = Alphas(objective.terms, others=len(objective.parameter_terms))
         self.step_seconds = 0.0
         self.latest: dict[str, float] = {}  # what was logged of the last optimiser step
         self.step_tokens = 0  # of the last optimiser step, over all processes, without padding
@@ -118,9 +118,12 @@ class SelfAugModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
         decoder = Decoder(self.model)
+        # With a warm-up the first step has learning rate 0: the tuned model is the base model in the second one too.
+        steps = int(self.trainer.estimated_stepping_batches)
+        moved = self.global_step > (1 if self._warmup(steps) else 0)
         totals = self._over_processes(torch.stack([self.objective.count(b) for b in step.micro_batches]).sum(0))
         balance = Balance(self.model) if self.alphas.wants_gradients(self.global_step) else None
-        alphas = self.alphas(self.global_step, int(self.trainer.estimated_stepping_batches))
+        alphas = self.alphas(self.global_step, steps)
 
         sums = torch.zeros(len(self.objective.names) + 1, device=self.device)
         for i, batch in enumerate(step.micro_batches):
@@ -150,7 +153,8 @@ class SelfAugModule(L.LightningModule):
         if penalty is not None:
             sums[0] += penalty.detach()
         self._log_step(sums, totals, learning_rate, gradient_norm, tokens, started, alphas, penalties)
-        self.alphas.observe([self.latest[f"train/{name}"] for name in self.objective.terms], self.drift, *norms)
+        seen = [self.latest.get(f"train/{name}") if moved else None for name in self.objective.terms]
+        self.alphas.observe(seen, self.drift, *norms)
         self.drift = None
 
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -184,7 +188,7 @@ class SelfAugModule(L.LightningModule):
         values["speed/tokens_per_s"] = self.step_tokens / self.step_seconds
         for i, name in enumerate(self.objective.names):
             values[f"train/rows_{name}"] = int(totals[i])
-            if totals[i] or name not in self.objective.measured:  # a mean over nothing says nothing
+            if totals[i]:  # a mean over nothing says nothing
                 values[f"train/{name}"] = float(sums[1 + i])
         values |= {f"train/{name}": float(penalty) for name, penalty in penalties.items()}
         for name, alpha in alphas.items():
@@ -236,8 +240,11 @@ class SelfAugModule(L.LightningModule):
             weight_decay=config.weight_decay,
         )
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup_ratio * steps), steps)
+        schedule = get_cosine_schedule_with_warmup(optimizer, self._warmup(steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _warmup(self, steps: int) -> int:
+        return round(self.optimizer_config.warmup_ratio * steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["alphas"] = {**self.alphas.state_dict(), "drift": self.drift}

@@ -38,7 +38,7 @@ class Advice(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         values = pl_module.latest
-        if "train/kl" not in values or "train/alpha" not in values:
+        if not {"train/nll", "train/kl", "train/alpha"} <= values.keys():  # the last of them: a step without rows
             return
         self._steps.append(values)
         if len(self._steps) < WINDOW or not trainer.is_global_zero:

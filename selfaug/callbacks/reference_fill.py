@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,7 @@ from selfaug.data.datamodule import RagDataModule
 from selfaug.model.cache import CachedReference, Processes
 from selfaug.model.decoder import Decoder
 from selfaug.model.shard import reshard
-from selfaug.objective.batch import TokenBatch
+from selfaug.objective.batch import TASK, TokenBatch
 
 
 class FillReference(L.Callback):
@@ -32,8 +32,11 @@ class FillReference(L.Callback):
         # Here the model is on its device, and sharded if it is to be. Where a checkpoint with base weights has been
         # read, nothing may be missing any more (CachedReference.fill).
         pad_id = self.data.tokenizer.pad_token_id or 0
-        examples = _Rows(self._needed(trainer), pad_id)
-        scores = {term.sampling.score for term in pl_module.objective.terms.values()} - {None}
+        terms = pl_module.objective.terms.values()
+        named = [getattr(term, "source", None) for term in terms]
+        sources = None if None in named else {str(name) for name in named}
+        examples = _Rows(self._needed(trainer, sources), pad_id)
+        scores = {term.sampling.score for term in terms} - {None}
 
         def most(number: int) -> int:
             return int(trainer.strategy.reduce(torch.tensor(number, device=pl_module.device), reduce_op="max"))
@@ -50,9 +53,9 @@ class FillReference(L.Callback):
         trainer.strategy.barrier()
         self.seconds = time.perf_counter() - began
 
-    def _needed(self, trainer: L.Trainer) -> list[tuple[Any, Sequence[int]]]:
+    def _needed(self, trainer: L.Trainer, sources: Set[str] | None) -> list[tuple[Any, Sequence[int]]]:
         """(data set, which of its rows): of the training all, or those of its steps where they are less than an
-        epoch."""
+        epoch. sources: the data sources that the terms look at; None for all."""
         train, val = self.data.rows("train"), self.data.rows("val")
         steps = int(trainer.estimated_stepping_batches)
         # Of all processes, whichever of them is to meet an example: the order is the same in each.
@@ -62,7 +65,11 @@ class FillReference(L.Callback):
         used: Sequence[int] = range(len(train))
         if steps < len(sampler):
             used = sorted({i for step in islice(iter(sampler), steps) for group in step for i in group.indices})
-        return [(train, used), (val, range(len(val) if trainer.limit_val_batches else 0))]
+        validated = range(len(val) if trainer.limit_val_batches and (sources is None or TASK in sources) else 0)
+        if sources is not None:
+            names = self.data.mixture.names
+            used = [i for i in used if names[train[i].get("source", 0)] in sources]
+        return [(train, used), (val, validated)]
 
 
 class _Rows:

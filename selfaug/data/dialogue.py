@@ -96,7 +96,8 @@ class DialogueBuilder:
         messages = list(dialogue.messages)
         if messages and messages[0]["role"] == TEXT:
             return self._text(dialogue)
-        turns = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+        # An empty answer teaches nothing but to be silent.
+        turns = [i + 1 for i, one in enumerate(messages) if one["role"] == "assistant" and one["content"].strip()]
         if not turns:
             self.stats.dropped_silent += 1
             return None

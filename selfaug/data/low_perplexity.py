@@ -16,7 +16,7 @@ from tqdm import tqdm
 from selfaug.data.batching import MicroBatch
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
-from selfaug.model.reference import adapters_off, check_adapters
+from selfaug.model.reference import adapters_off, check_adapters, rewrites_base
 from selfaug.objective.batch import TokenBatch
 from selfaug.objective.preparation import Preparation
 from selfaug.objective.rows import learned_rows
@@ -50,6 +50,11 @@ class LowPerplexity:
     def prepare(self, at: Preparation) -> dict[str, Tensor]:
         """positions: [K] int32, places of the tokens to be learned within their examples, one example after another;
         counts: [examples] int32, how many are of each; seen: [2] int64, response tokens and examples looked at."""
+        if rewritten := rewrites_base(at.model):
+            raise UserError(
+                f"method.learn asks the base model, and {rewritten} rewrites its weights: set "
+                "adapter.init_lora_weights=true, gaussian or orthogonal."
+            )
         check_adapters(at.model)
         decoder, dataset = Decoder(at.model), at.loader.dataset
         device = decoder.head.arguments()["weight"].device

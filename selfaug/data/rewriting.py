@@ -19,7 +19,7 @@ from selfaug.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when the same settings would give other targets
+_VERSION = 2  # raise it when the same settings would give other targets
 BLOCK = 128  # examples that are rewritten together, and kept together
 
 

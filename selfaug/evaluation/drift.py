@@ -15,20 +15,26 @@ The matrix products follow the caller's autocast, as in training.
 """
 
 import logging
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from selfaug.assets import asset_path
 from selfaug.data.chat import ChatFormat
-from selfaug.data.text import check_file, decode_object, read_lines
+from selfaug.data.packaged import (
+    TURN,
+    instruction_answers,
+    records,
+    sample,
+    unmeasured_instructions,
+    wikipedia_texts,
+)
+from selfaug.data.text import check_file
 from selfaug.errors import UserError
 from selfaug.evaluation.generation import length_batches
 from selfaug.evaluation.pair import Pair
@@ -40,11 +46,11 @@ from selfaug.reporting.results import Metric
 log = logging.getLogger(__name__)
 
 Kind = Literal["text", "dialogue"]
-_FIELDS: dict[str, tuple[str, ...]] = {"text": ("text",), "dialogue": ("prompt", "response")}
+_FIELDS: dict[str, tuple[str, ...]] = {"text": ("text",), "dialogue": TURN}
 _POSITION: dict[str, Position] = {"text": "all_logits", "dialogue": "output_logits"}
 _ASSETS = {"wikipedia-articles": "text", "alpaca-sample": "dialogue"}
 _SETTING = "evaluation.drift.corpora"
-T = TypeVar("T")
+_Instructions = Callable[[int | None, int], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -143,20 +149,6 @@ def drift_on_answers(
 # ---- corpora -------------------------------------------------------------------------------------
 
 
-def wikipedia_texts(limit: int | None = None, seed: int = 0) -> list[str]:
-    """A seeded sample of the packaged Wikipedia articles."""
-    records = _records(asset_path("wikipedia-articles") / "articles.jsonl", ("text",))
-    return [text for (text,) in _sample(records, limit, seed)]
-
-
-def instruction_answers(limit: int | None = None, seed: int = 0) -> list[tuple[str, str]]:
-    """A seeded sample of the packaged instructions, as (prompt, response); an instruction's input follows it after a
-    blank line."""
-    path = asset_path("alpaca-sample") / "alpaca.jsonl"
-    records = _sample(_records(path, ("instruction", "input", "output"), optional=("input",)), limit, seed)
-    return [(f"{task}\n\n{given}" if given else task, answer) for task, given, answer in records]
-
-
 def _checked(setting: str, settings: Any) -> CorpusConfig:
     """The settings of one corpus, or a UserError that names the one that is wrong."""
     if not isinstance(settings, CorpusConfig):
@@ -185,61 +177,22 @@ def _checked(setting: str, settings: Any) -> CorpusConfig:
     return settings
 
 
-def _read(corpus: CorpusConfig, setting: str, seed: int) -> list[tuple[str, ...]]:
-    """The sampled documents of a corpus: (text,) or (prompt, response). setting: its name in the configuration."""
+def _read(corpus: CorpusConfig, setting: str, seed: int, instructions: _Instructions) -> list[tuple[str, ...]]:
+    """The sampled documents of a corpus: (text,) or (prompt, response). setting: its name in the configuration;
+    instructions: samples the packaged ones."""
     if corpus.asset == "wikipedia-articles":
         return [(text,) for text in wikipedia_texts(corpus.limit, seed)]
     if corpus.asset == "alpaca-sample":
-        return list(instruction_answers(corpus.limit, seed))
+        return list(instructions(corpus.limit, seed))
     path, fields = Path(str(corpus.path)).expanduser(), _FIELDS[corpus.kind]
     setting = f"{setting}.path={corpus.path}"
     check_file(
         path, f"{setting} does not exist: set it to a JSON-lines file with {' and '.join(fields)} in every line."
     )
-    documents = _sample(_records(path, fields, setting=setting), corpus.limit, seed)
+    documents = sample(records(path, fields, setting=setting), corpus.limit, seed)
     if not documents:
         raise UserError(f"{setting} is empty: set it to a JSON-lines file with {' and '.join(fields)} in every line.")
     return documents
-
-
-def _records(
-    path: Path, fields: tuple[str, ...], optional: tuple[str, ...] = (), setting: str = ""
-) -> Iterator[tuple[str, ...]]:
-    """`fields` of every line; raises UserError, naming `setting` and the line, where one is not a text."""
-    for number, line in read_lines(path):
-        try:
-            record = decode_object(line)
-            if fields == _FIELDS["dialogue"] and "messages" in record:
-                record = _first_turn(record["messages"])
-            values = tuple(record.get(name) for name in fields)
-            for name, value in zip(fields, values, strict=True):
-                if not isinstance(value, str) or not (value.strip() or name in optional):
-                    raise ValueError(f'"{name}" must be a text that is not empty')
-        except ValueError as error:
-            raise UserError(f"{setting or path}, line {number}: {error}; correct that line.") from error
-        yield values  # type: ignore[misc]
-
-
-def _first_turn(messages: Any) -> dict[str, Any]:
-    """The first user message and its answer, of a line such as `python -m selfaug.dialogues` writes."""
-    turns = messages[:2] if isinstance(messages, list) else []
-    if [turn.get("role") if isinstance(turn, dict) else None for turn in turns] != ["user", "assistant"]:
-        raise ValueError('"messages" must begin with a message of the user and one of the assistant')
-    return {"prompt": turns[0].get("content"), "response": turns[1].get("content")}
-
-
-def _sample(items: Iterable[T], limit: int | None, seed: int) -> list[T]:
-    """`limit` of the items, all equally likely, in their order: a reservoir, so that a long file is never in memory."""
-    if limit is None:
-        return list(items)
-    draw = random.Random(seed)
-    kept: list[tuple[int, T]] = []
-    for number, item in enumerate(items):
-        if number < limit:
-            kept.append((number, item))
-        elif (place := draw.randrange(number + 1)) < limit:
-            kept[place] = (number, item)
-    return [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
 # ---- tokens --------------------------------------------------------------------------------------
@@ -255,17 +208,22 @@ class _Document(NamedTuple):
 def tokenised_corpus(
     tokenizer: Any, settings: Mapping[str, Any], setting: str, *, seed: int = 0, **chat: Any
 ) -> list[_Document]:
-    """The documents of a corpus that something else than drift needs, as (input_ids, roles); settings as of one in
-    evaluation.drift.corpora, and their name in the configuration; chat: chat_template, template_arguments."""
-    return _documents(_checked(setting, settings), setting, tokenizer, DriftConfig({}, seed=seed, **chat))
+    """The documents of a corpus that a method needs, as (input_ids, roles); settings as of one in
+    evaluation.drift.corpora, and their name in the configuration; chat: chat_template, template_arguments. Of the
+    packaged instructions those that no shipped evaluation asks."""
+    config = DriftConfig({}, seed=seed, **chat)
+    return _documents(_checked(setting, settings), setting, tokenizer, config, unmeasured_instructions)
 
 
 def _tokenised(name: str, tokenizer: Any, config: DriftConfig) -> list[_Document]:
     return _documents(config.corpora[name], f"{_SETTING}.{name}", tokenizer, config)
 
 
-def _documents(corpus: CorpusConfig, setting: str, tokenizer: Any, config: DriftConfig) -> list[_Document]:
-    texts = _read(corpus, setting, config.seed)
+def _documents(
+    corpus: CorpusConfig, setting: str, tokenizer: Any, config: DriftConfig,
+    instructions: _Instructions = instruction_answers,
+) -> list[_Document]:  # fmt: skip
+    texts = _read(corpus, setting, config.seed, instructions)
     if corpus.kind == "text":
         # Special tokens as the tokenizer adds them to plain text: a model that begins with BOS expects it here too.
         encoded = tokenizer([text for (text,) in texts], return_attention_mask=False, verbose=False)["input_ids"]

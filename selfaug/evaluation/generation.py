@@ -35,6 +35,7 @@ def generate(
     also_stop: Collection[int] = (),
     until: Sequence[str] = (),
     strip: bool = True,
+    if_cut: str | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt as text, in the order of `prompts`.
 
@@ -48,6 +49,7 @@ def generate(
         also_stop: tokens that end an answer beside the tokenizer's and the model's own.
         until: texts that end an answer, which is cut before the first of them.
         strip: take off the white space around an answer.
+        if_cut: stands for an answer that did not end by itself; None: as far as it came.
 
     Returns:
         The texts without special tokens.
@@ -90,6 +92,8 @@ def generate(
             for row, tokens in grow(model, settings, ids.to(device), mask.to(device), max_new_tokens, ended):
                 text = _text(tokenizer, tokens, stops)
                 text = text[: min((at for end in until if (at := text.find(end)) >= 0), default=len(text))]
+                if if_cut is not None and not ended(tokens):
+                    text = if_cut
                 answers[indices[row]] = text.strip() if strip else text
                 bar.update()
     return answers

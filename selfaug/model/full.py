@@ -98,6 +98,8 @@ def _fitting(model: Any, item: str) -> set[int]:
     if place := _LAYERS.fullmatch(item):
         layers = decoder_layers(Decoder(model).body)
         first, last = int(place[1]), int(place[2] or place[1])
+        if first > last or last > (100 if place[3] else len(layers) - 1):
+            return set()  # what is not there is not left out without a word
         if place[3]:  # a share; a layer belongs to the part in which it begins
             inside = [layer for i, layer in enumerate(layers) if first * len(layers) <= 100 * i < last * len(layers)]
         else:

@@ -13,16 +13,18 @@ from selfaug.objective.terms import Term
 
 
 class Alphas:
-    """The schedules of `terms` (name to Term).
+    """The schedules of `terms` (name to Term). others: further parts of the loss, whose weights are constant.
 
     Raises:
         UserError: gradients are to be balanced between more than two parts.
     """
 
-    def __init__(self, terms: Mapping[str, Term]):
+    def __init__(self, terms: Mapping[str, Term], others: int = 0):
         self.terms = dict(terms)
         self.schedules = {name: term.schedule for name, term in self.terms.items() if term.schedule is not None}
-        if len(terms) > 1 and any(s.wants_gradients(step) for s in self.schedules.values() for step in range(100)):
+        if len(terms) + others > 1 and any(
+            s.wants_gradients(step) for s in self.schedules.values() for step in range(100)
+        ):
             raise UserError(
                 "alignment/schedule=gradient_balance balances the NLL with one term, and the method has several: use "
                 "another schedule."
@@ -38,9 +40,14 @@ class Alphas:
         return any(schedule.wants_gradients(step) for schedule in self.schedules.values())
 
     def observe(
-        self, penalties: Sequence[float], drift: float | None, nll_norm: float | None, weighted_norm: float | None
+        self,
+        penalties: Sequence[float | None],
+        drift: float | None,
+        nll_norm: float | None,
+        weighted_norm: float | None,
     ) -> None:
-        """After a step. penalties: of all terms, in order; weighted_norm: of the gradient of alpha * term."""
+        """After a step. penalties: of all terms, in order, None of one that the step says nothing of (it had no rows,
+        or the model is still the base model); weighted_norm: of the gradient of alpha * term."""
         for (name, term), penalty in zip(self.terms.items(), penalties, strict=True):
             if (schedule := self.schedules.get(name)) is not None:
                 alpha = schedule.alpha(term.alpha, 0, 1) if schedule.adaptive else 0.0

@@ -28,6 +28,7 @@ from selfaug.ops import linear_nll
 
 NLL = "nll"
 WEIGHTED = "weighted_nll"
+_RESERVED = (NLL, WEIGHTED, "weights", "learn")  # the last two are names in `prepared/`
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Objective:
         self.reference = reference or AdaptersOff()
         self.weights = weights
         self.sources = tuple(sources) if len(sources) > 1 else ()
+        for name in all_terms:
+            if name in _RESERVED or name.startswith(f"{NLL}_"):
+                raise UserError(f"A term cannot be called {name}, which names another part of the loss: rename it.")
         for name, term in self.terms.items():
             if (source := getattr(term, "source", None)) not in (None, *sources):
                 raise UserError(
@@ -143,7 +147,9 @@ class Objective:
                 self._inside[name] = ModuleOutputs(term.modules(decoder.body), selected[name])
 
         reference: Any = None
-        if self.terms:
+        # Of a sharded model all processes have to make the same passes, whatever rows theirs have.
+        asked = self._inside or any(bool(rows.any()) for rows in selected.values())
+        if self.terms and (asked or (isinstance(self.reference, AdaptersOff) and _sharded(decoder.body))):
             with ExitStack() as recording:
                 for outputs in self._inside.values():
                     recording.enter_context(outputs.recorded())
@@ -170,7 +176,8 @@ class Objective:
             else:
                 rows = selected[name]
                 next_tokens = batch.input_ids.roll(-1, 1)[rows]
-                states = States(tuned[rows], reference.hidden[rows], next_tokens, weights[name])
+                base = tuned.detach() if reference is None else reference.hidden  # of no rows, where there is none
+                states = States(tuned[rows], base[rows], next_tokens, weights[name])
                 with torch.set_grad_enabled(torch.is_grad_enabled() and alphas[name] != 0):
                     summed = term.total(states, head)
             parts[name] = summed / mean[name]
@@ -218,3 +225,11 @@ class Objective:
         """Forget what the last call has kept for its backward pass."""
         while self._inside:
             self._inside.popitem()[1].close()
+
+
+def _sharded(model: nn.Module) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # slow to import, and here it has been
+
+    return isinstance(model, FSDPModule)

@@ -21,7 +21,7 @@ class Observed:
     unweighted term, where they were asked for.
     """
 
-    penalty: float
+    penalty: float | None
     drift: float | None = None
     nll_norm: float | None = None
     term_norm: float | None = None
@@ -182,6 +182,7 @@ class KLTarget(_Adaptive):
             _positive(name, getattr(self, name))
         if self.signal not in ("kl", "drift"):
             raise UserError(f"alignment.schedule.signal={self.signal} is unknown: set it to kl or drift.")
+        _ordered(self.least, self.most)
         if self.gain * self.clip >= 1:
             raise UserError(
                 "alignment.schedule.gain times clip must be below 1, or alpha could become negative: lower one of them."
@@ -204,7 +205,8 @@ class GradientBalance(_Adaptive):
 
         log alpha <- smoothing * log alpha + (1 - smoothing) * log(ratio * |nll| / |term|)
 
-    In the first step tuned and base model are equal, the term has no gradient, and alpha is left as it is.
+    Not in the first two steps: until the weights have moved (with a warm-up the first step's learning rate is 0) tuned
+    and base model are equal, and the term has no gradient but rounding.
 
     Args:
         ratio: 1 gives both parts gradients of one size.
@@ -222,6 +224,7 @@ class GradientBalance(_Adaptive):
     def __post_init__(self) -> None:
         for name in ("ratio", "least", "most"):
             _positive(name, getattr(self, name))
+        _ordered(self.least, self.most)
         if not isinstance(self.every, int) or self.every < 1:
             raise UserError(f"alignment.schedule.every={self.every} is not allowed: set it to a whole number above 0.")
         if not (isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing < 1):
@@ -230,7 +233,7 @@ class GradientBalance(_Adaptive):
             )
 
     def wants_gradients(self, step: int) -> bool:
-        return step % self.every == 1 % self.every  # not the first step, whose term has no gradient
+        return step >= 2 and (step - 2) % self.every == 0
 
     def observe(self, start: float, seen: Observed) -> None:
         if not seen.nll_norm or not seen.term_norm:
@@ -247,6 +250,13 @@ def _progress(step: int, steps: int) -> float:
 def _not_negative(name: str, value: Any) -> None:
     if not (isinstance(value, (int, float)) and math.isfinite(value)) or value < 0:
         raise UserError(f"alignment.schedule.{name}={value} is not allowed: set it to 0 or a positive number.")
+
+
+def _ordered(least: float, most: float) -> None:
+    if least > most:
+        raise UserError(
+            f"alignment.schedule.least={least} is above alignment.schedule.most={most}: lower one, or raise the other."
+        )
 
 
 def _positive(name: str, value: Any) -> None:

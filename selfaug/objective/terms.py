@@ -138,6 +138,10 @@ class LogitAlignment:
                 "alignment.official=true means the official code's rows: set alignment.position=input_logits and "
                 "alignment.boundary=true with it."
             )
+        if self.official and self.source is not None:
+            raise UserError(
+                "alignment.official=true counts padding, which belongs to no data source: leave the term's source out."
+            )
         if self.mask_target and self.position != "output_logits":
             raise UserError(
                 "alignment.mask_target=true leaves out the response token that a row predicts, which only output rows "

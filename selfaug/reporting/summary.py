@@ -32,16 +32,16 @@ def headline(found: Comparison) -> str:
         if measure is None or best is None:
             continue
         shown = _beating(found, measure)
-        row = best if best in shown or not shown or found.rows[best].baseline is None else shown[0]
-        value = _kept(found, row, measure) if measure is kept else _number(found, row, measure)
-        gain, label = _gain(found, row, measure), found.rows[row].label
+        at = best if best in shown or not shown or found.rows[best].baseline is None else shown[0]
+        value = _kept(found, at, measure) if measure is kept else _number(found, at, measure)
+        gain, label = _gain(found, at, measure), found.rows[at].label
         over = "" if gain is None else f", {measure.quantity.number(gain.interval.mean, sign=True)} against plain LoRA"
-        if row in shown:
-            parts.append(f"{label} {best_is if row == best else f'{better_than} plain LoRA'} ({value}{over})")
-        elif gain is None and not found.rows[row].plain:
+        if at in shown:
+            parts.append(f"{label} {best_is if at == best else f'{better_than} plain LoRA'} ({value}{over})")
+        elif gain is None and not found.rows[at].plain:
             parts.append(f"{label} {best_is} ({value})")
         else:
-            named = "" if found.rows[row].plain else f"best: {label}, "
+            named = "" if found.rows[at].plain else f"best: {label}, "
             parts.append(f"no row {better_than} plain LoRA ({named}{value})")
     if not parts:
         return f"{len(found.rows)} settings were run; nothing was measured that could be compared."

@@ -147,7 +147,8 @@ def _resume_from(config: DictConfig, run: RunDirectory) -> str | None:
     """The checkpoint to go on from: the newest whole one of this run (auto), a given one, or none."""
     wanted = config.ckpt_path
     if wanted is None:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        for made_before in (run.checkpoints, run.prepared):
+            shutil.rmtree(made_before, ignore_errors=True)
         return None
     if wanted != "auto":
         if not Path(wanted).is_file():

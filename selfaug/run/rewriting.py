@@ -68,12 +68,10 @@ class ModelRewriter:
             answers = generate(
                 self._model, self._tokenizer, list(shown.values()), max_new_tokens=self.config.max_new_tokens,
                 progress=self._run.progress, description="rewriting targets", also_stop=builder.chat.end_ids[-1:],
+                if_cut="",
             )  # fmt: skip
         said = dict(zip(shown, answers, strict=True))
-        # An answer that was cut has used up the limit; a little less, because text is tokenised anew here.
-        lengths = builder.count_tokens(list(said.values()))
-        cut = {name for name, length in zip(said, lengths, strict=True) if length >= self.config.max_new_tokens - 1}
-        return ["" if one.id in cut else said.get(one.id, "") for one in examples]
+        return [said.get(one.id, "") for one in examples]
 
     def _asking(self, example: Example) -> Example:
         request = self.config.request.replace("{answer}", example.answers[0])

@@ -45,6 +45,10 @@ def written(config: DictConfig, settings: Settings, wanted: Wanted, folder: Path
             f"out={store.folder} holds self-dialogues of another model or other settings: set out to another folder, "
             "or to null."
         )
+    if not store.about and store.file.is_file():
+        raise UserError(
+            f"out={store.folder} holds a {store.file.name} that selfaug has not written: set out to another folder."
+        )
     if store.holds(wanted):
         return store
     store.folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from selfaug.errors import UserError
 from selfaug.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -70,25 +71,32 @@ def read_job(name: str) -> dict[str, Any]:
 
 
 def summarise(directory: Path) -> bool:
-    """Print the sweep's table and write it to table.md, and the report; False where a job failed."""
+    """Print the sweep's table, write it to table.md, and the report, and name the jobs that failed; False where one
+    did, or left results that cannot be read."""
     from selfaug.reporting.results import read_results
     from selfaug.reporting.table import as_markdown, comparison_table, console
     from selfaug.reporting.write import write_sweep_report
 
     jobs = [json.loads(path.read_text()) for path in (directory / "jobs").glob("*.json")]
     jobs.sort(key=lambda job: job["number"])
-    failed = [job for job in jobs if job["error"]]
-    results = [read_results(Path(job["directory"]) / "results.json") for job in jobs if not job["error"]]
+    results, failed = [], []
+    for job in jobs:
+        try:
+            if job["error"]:
+                raise UserError(job["error"])
+            results.append(read_results(Path(job["directory"]) / "results.json"))
+        except (UserError, OSError) as error:
+            failed.append(f"selfaug: {job['name']} failed: {error}")
     page = console()
-    if results:
-        page.print(comparison_table(results))
-        write_text(directory / "table.md", as_markdown(results))
-        page.print(f"Table: {directory / 'table.md'}", soft_wrap=True, highlight=False)
     try:
+        if results:
+            page.print(comparison_table(results))
+            write_text(directory / "table.md", as_markdown(results))
+            page.print(f"Table: {directory / 'table.md'}", soft_wrap=True, highlight=False)
         if jobs:
             page.print(f"Report: {write_sweep_report(directory).page}", soft_wrap=True, highlight=False)
     except Exception:  # whatever it is, the runs are done and their status is what counts
-        log.exception("the report could not be written; try python -m selfaug.report %s", directory)
-    for job in failed:
-        print(f"selfaug: {job['name']} failed: {job['error']}", file=sys.stderr)
+        log.exception("table or report could not be written; try python -m selfaug.report %s", directory)
+    for sentence in failed:
+        print(sentence, file=sys.stderr)
     return not failed and bool(jobs)

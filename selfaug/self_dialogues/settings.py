@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from selfaug.data.sources.dialogues import JsonlDialogues, unmeasured_instructions
+from selfaug.data.packaged import unmeasured_instructions
+from selfaug.data.sources.dialogues import JsonlDialogues
 from selfaug.data.text import check_file, hash_sources, read_lines
 from selfaug.errors import UserError
 

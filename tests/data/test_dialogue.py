@@ -96,6 +96,12 @@ def test_what_nobody_answers_is_left_out():
     builder, left = built([("user", "And?")])
     assert left == []
     assert builder.stats.dropped_silent == 1
+    # Nor an empty answer: all that would be learned of it is to be silent.
+    builder, left = built([("user", "And?"), ("assistant", " ")])
+    assert left == []
+    assert builder.stats.dropped_silent == 1
+    _, (tokens,) = built([*HELLO, ("user", "And?"), ("assistant", "")])
+    assert tokens.input_ids == built(HELLO)[1][0].input_ids
 
 
 def test_plain_text_is_learned_from_its_second_token_on():

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 import selfaug.conf
-from selfaug.data.sources import dialogues
-from selfaug.data.sources.dialogues import MEASURED, HubDialogues, JsonlDialogues, PackagedInstructions, dialogue
+from selfaug.data import packaged
+from selfaug.data.packaged import MEASURED
+from selfaug.data.sources.dialogues import HubDialogues, JsonlDialogues, PackagedInstructions, dialogue
 from selfaug.errors import UserError
 
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The cat."}]
@@ -115,8 +116,8 @@ def test_what_is_measured_on_is_not_replayed(monkeypatch):
         assert limit is None or seed == 0
         return everything if limit is None else everything[:: max(30 // limit, 1)][:limit]
 
-    monkeypatch.setattr("selfaug.evaluation.drift.instruction_answers", drawn)
-    monkeypatch.setattr(dialogues, "MEASURED", (3, 5))
+    monkeypatch.setattr(packaged, "instruction_answers", drawn)
+    monkeypatch.setattr(packaged, "MEASURED", (3, 5))
     left = [one.messages[0]["content"] for one in PackagedInstructions().dialogues()]
     assert left == [f"q{i}" for i in range(30) if i not in {0, 10, 20, 6, 12, 18, 24}]
 

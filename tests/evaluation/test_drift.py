@@ -7,15 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from selfaug.data import packaged
+from selfaug.data.packaged import instruction_answers, wikipedia_texts
 from selfaug.errors import UserError
 from selfaug.evaluation import drift as drift_module
-from selfaug.evaluation.drift import (
-    CorpusConfig,
-    DriftConfig,
-    instruction_answers,
-    measure_drift,
-    wikipedia_texts,
-)
+from selfaug.evaluation.drift import CorpusConfig, DriftConfig, measure_drift
 from selfaug.reporting.results import Results, read_results, write_results
 from tests.tiny import SPECIAL_TOKENS, TOKENIZER_VOCAB, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -168,11 +164,11 @@ def test_limit_is_a_seeded_sample(tokenizer, files):
     assert len({perplexity(seed) for seed in range(8)}) > 2
     counts = np.zeros(10)
     for seed in range(2000):
-        sample = drift_module._sample(range(10), 3, seed)
+        sample = packaged.sample(range(10), 3, seed)
         assert sample == sorted(set(sample))
         counts[sample] += 1
     assert np.abs(counts / 2000 - 0.3).max() < 0.05
-    assert drift_module._sample(range(3), 5, 0) == drift_module._sample(range(3), None, 0) == [0, 1, 2]
+    assert packaged.sample(range(3), 5, 0) == packaged.sample(range(3), None, 0) == [0, 1, 2]
 
 
 def test_results_file_holds_it(tokenizer, files, tmp_path):
@@ -200,7 +196,7 @@ def test_packaged_corpora(tokenizer, tmp_path, monkeypatch):
     ):
         (tmp_path / asset).mkdir()
         (tmp_path / asset / file).write_text("".join(json.dumps(record) + "\n" for record in records))
-    monkeypatch.setattr(drift_module, "asset_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(packaged, "asset_path", lambda name: tmp_path / name)
     assert wikipedia_texts() == TEXTS
     assert len(wikipedia_texts(2, seed=1)) == 2
     assert instruction_answers() == [("add\n\n1 and 1", "two"), ("who?", "the cat")]
@@ -288,6 +284,16 @@ def test_response_ends_as_the_model_ends_it(files):
         other.chat_template = other.chat_template.replace("'<|im_end|>\n'", f"'{template_end}\n'")
         documents = drift_module._tokenised("turns", other, DriftConfig(files))
         assert [ids[-1] for ids, _ in documents] == [token] * len(TURNS)
+
+
+@pytest.mark.assets
+def test_a_method_is_not_given_what_is_measured_on(tokenizer):
+    """EWC's text: other instructions than those of drift and style, of every shipped evaluation."""
+    corpus = {"kind": "dialogue", "asset": "alpaca-sample", "limit": 64, "max_tokens": 4096}
+    given = drift_module.tokenised_corpus(tokenizer, corpus, "text")
+    measured = drift_module._tokenised("mine", tokenizer, DriftConfig({"mine": corpus | {"limit": 200}}))
+    assert len(given) == 64
+    assert not {tuple(ids) for ids, _ in given} & {tuple(ids) for ids, _ in measured}
 
 
 @pytest.mark.assets

@@ -39,7 +39,7 @@ def test_everything_trains_and_freezing_takes_away(family):
 @pytest.mark.parametrize(
     ("choice", "layers"),
     [
-        (2, {2}), ("2", {2}), ("1-2", {1, 2}), ("0-14", {0, 1, 2, 3, 4}), ([0, "3-4"], {0, 3, 4}),
+        (2, {2}), ("2", {2}), ("1-2", {1, 2}), ("0-4", {0, 1, 2, 3, 4}), ([0, "3-4"], {0, 3, 4}),
         ("0-50%", {0, 1, 2}), ("50-100%", {3, 4}), ("0-100%", {0, 1, 2, 3, 4}), ("0-20%", {0}), ("20-40%", {1}),
     ],
 )  # fmt: skip
@@ -75,6 +75,9 @@ def test_a_regular_expression():
     ("settings", "parts"),
     [
         ({"freeze": 7}, (r"adapter\.freeze: no weight of LlamaForCausalLM, which has 2 layers, fits 7", "embeddings")),
+        ({"freeze": "0-14"}, (r"which has 2 layers, fits 0-14",)),  # and not quietly the two that there are
+        ({"train": "0-150%"}, (r"fits 0-150%",)),
+        ({"train": "1-0"}, (r"fits 1-0",)),
         ({"train": "q_porj"}, (r"adapter\.train: no weight", r"fits q_porj", r"model\.layers\.")),
         ({"freeze": "all"}, (r"adapter\.train=all with adapter\.freeze=all leaves nothing", "freeze less")),
         ({"train": None}, (r"adapter\.train=None", "leaves nothing")),

@@ -62,17 +62,24 @@ def test_the_controller_by_hand():
     assert drifting.alpha(0.5, 1, 9) == 0.5
     drifting.observe(0.5, Observed(penalty=9.0, drift=0.09))
     assert drifting.alpha(0.5, 2, 9) == pytest.approx(0.5 * 0.95)
+    schedule = KLTarget(target=0.1)
+    schedule.observe(0.5, Observed(penalty=None))  # a step without a row of the term says nothing of its KL
+    assert schedule.alpha(0.5, 1, 9) == 0.5
+    for kind in (KLTarget, GradientBalance):
+        with pytest.raises(UserError, match=r"least=2.0 is above alignment\.schedule\.most=1.0"):
+            kind(least=2.0, most=1.0)
 
 
 def test_balance_by_hand():
     schedule = GradientBalance(ratio=2.0, every=3, smoothing=0.5)
-    assert [schedule.wants_gradients(step) for step in range(7)] == [False, True, False, False, True, False, False]
+    assert [schedule.wants_gradients(step) for step in range(7)] == [False, False, True, False, False, True, False]
     schedule.observe(0.5, Observed(penalty=0.1))  # not measured
     schedule.observe(0.5, Observed(penalty=0.0, nll_norm=3.0, term_norm=0.0))  # tuned is still base
     assert schedule.alpha(0.5, 1, 9) == 0.5
     schedule.observe(0.5, Observed(penalty=0.1, nll_norm=3.0, term_norm=0.75))
     assert schedule.alpha(0.5, 2, 9) == pytest.approx(math.sqrt(0.5 * 8.0))
-    assert GradientBalance(every=1).wants_gradients(0)
+    # With a warm-up nothing has moved before the third step.
+    assert [GradientBalance(every=1).wants_gradients(step) for step in range(4)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

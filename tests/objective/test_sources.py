@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from selfaug.data.collate import collate, pack
 from selfaug.errors import UserError
+from selfaug.model.reference import AdaptersOff
 from selfaug.objective import IGNORE, HiddenAlignment, LogitAlignment, Objective, Role, TokenBatch
 from tests.objective.test_objective import gradients, make_batch, run, straightforward
 from tests.tiny import tiny_model
@@ -85,6 +86,41 @@ def test_a_source_that_is_not_there_is_refused():
         Objective({"kl": LogitAlignment(source="dialogue")}, sources=NAMES)
     with pytest.raises(UserError, match=r"one of task, or add dialogues to data\.mixture"):
         Objective({"kl": LogitAlignment(source="dialogues")})
+
+
+def test_what_a_term_cannot_be():
+    for name in ("nll", "weighted_nll", "nll_task", "learn"):
+        with pytest.raises(UserError, match=f"cannot be called {name}"):
+            Objective({name: LogitAlignment()})
+    with pytest.raises(UserError, match=r"official=true counts padding, which belongs to no data source"):
+        LogitAlignment(official=True, source="dialogues")
+
+
+@pytest.mark.parametrize("term", [LogitAlignment, HiddenAlignment])
+def test_the_base_model_is_asked_only_where_a_term_has_rows(term):
+    asked = []
+
+    class Counted(AdaptersOff):
+        def states(self, decoder, tokens, **settings):
+            asked.append(tokens)
+            return super().states(decoder, tokens, **settings)
+
+    batch = mixed()
+    tasks, others = only(batch, 0), only(batch, 1)
+    nobody = replace(tasks, sources=torch.zeros_like(tasks.input_ids), source_names=NAMES)
+    ours = replace(others, sources=torch.ones_like(others.input_ids), source_names=NAMES)
+    objective = Objective({"kl": term(0.5, source="dialogues")}, reference=Counted(), sources=NAMES)
+    loss, parts, found = run(objective, tiny_model(lora=True), [nobody])
+    assert parts["kl"] == 0
+    # A hidden-state term watches the model's modules in any case.
+    assert len(asked) == (1 if term is HiddenAlignment else 0)
+    plain_loss, _, plain = run(Objective(sources=NAMES), tiny_model(lora=True), [nobody])
+    assert loss == plain_loss
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+    asked.clear()
+    _, parts, _ = run(objective, tiny_model(lora=True), [ours])
+    assert parts["kl"] > 0
+    assert len(asked) == 1
 
 
 class Halves:

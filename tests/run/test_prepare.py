@@ -46,7 +46,7 @@ def test_one_process(single: Path):
     assert first["ewc/fisher_mean"] > 0
     trained = [row for row in steps if "train/loss" in row]
     for row in trained:
-        total = row["train/nll"] + 1000 * row["train/ewc"] + row["train/l2sp"] + row["train/orthogonal"]
+        total = row.get("train/nll", 0) + 1000 * row["train/ewc"] + row["train/l2sp"] + row["train/orthogonal"]
         assert row["train/loss"] == pytest.approx(total, rel=1e-5)
     assert trained[-1]["train/ewc"] > 0
     assert trained[-1]["train/l2sp"] > 0
@@ -89,6 +89,16 @@ def test_a_run_without_its_preparation_does_not_go_on(runs: Runs):
     assert result.returncode == 1
     assert "ewc.safetensors was made before the first step of this run and is missing" in result.stderr
     assert "ckpt_path=null" in result.stderr
+
+
+def test_a_run_that_begins_again_prepares_again(runs: Runs):
+    directory = runs.done(*EWC, *SHORT)
+    file = directory / "prepared" / "ewc.safetensors"
+    before = file.stat().st_mtime_ns
+    (directory / "results.json").unlink()
+    (directory / "fit.json").unlink()
+    assert runs.inline(*EWC, *SHORT, "ckpt_path=null").returncode == 0
+    assert file.stat().st_mtime_ns > before
 
 
 def test_without_effect_they_are_plain_lora(runs: Runs):

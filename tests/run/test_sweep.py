@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from selfaug.run.sweep import summarise
 from tests.run.conftest import Runs
 
 STEPS = "trainer.max_steps=2"
@@ -104,6 +105,18 @@ def test_a_failing_job_does_not_take_the_others_down(runs: Runs):
     assert finished[0].name not in line
     assert "Traceback" not in result.stdout + result.stderr
     assert "Table: " in result.stdout
+
+
+def test_results_that_cannot_be_read_are_a_failure(runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys):
+    """And a table that cannot be written hides no failure."""
+    assert runs.inline("--multirun", "alignment.alpha=0,0.5", STEPS).returncode == 0
+    (sweep,) = (runs.runs / "sweeps").iterdir()
+    assert summarise(sweep)
+    (runs.directories()[0] / "results.json").write_text("{")
+    monkeypatch.setattr("selfaug.reporting.table.as_markdown", lambda _: 1 / 0)
+    capsys.readouterr()
+    assert not summarise(sweep)
+    assert f"{runs.directories()[0].name} failed: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--config-dir", "searchpath"])

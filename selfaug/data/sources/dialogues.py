@@ -18,13 +18,11 @@ from typing import Any
 
 from selfaug.assets import asset_path
 from selfaug.data.dialogue import TEXT, Dialogue, Message
+from selfaug.data.packaged import MEASURED, unmeasured_instructions
 from selfaug.data.text import check_file, decode_object, hash_sources, json_type, read_lines
 from selfaug.errors import UserError
 
 _ROLES = ("system", "user", "assistant")
-# How many of the packaged instructions the shipped evaluations ask at once, all with seed 0: those of drift and of
-# style. What is measured on must not be trained on.
-MEASURED = (2, 6, 8, 16, 24, 32, 48, 100, 200)
 
 
 class JsonlDialogues:
@@ -70,14 +68,6 @@ class PackagedInstructions:
         """All of them in the order of the file."""
         for number, (prompt, answer) in enumerate(unmeasured_instructions(), start=1):
             yield Dialogue(f"alpaca-{number}", _turn(prompt, answer))
-
-
-def unmeasured_instructions() -> list[tuple[str, str]]:
-    """(prompt, response) of the packaged instructions that no shipped evaluation asks."""
-    from selfaug.evaluation.drift import instruction_answers  # which reads data itself
-
-    measured = {turn for limit in MEASURED for turn in instruction_answers(limit, seed=0)}
-    return [turn for turn in instruction_answers() if turn not in measured]
 
 
 class HubDialogues:

@@ -12,8 +12,9 @@ from torch import nn
 
 from selfaug.assets import asset_paths
 from selfaug.data.chat import ChatFormat
+from selfaug.data.packaged import instruction_answers
 from selfaug.errors import UserError
-from selfaug.evaluation.drift import DriftConfig, drift_on_answers, instruction_answers
+from selfaug.evaluation.drift import DriftConfig, drift_on_answers
 from selfaug.evaluation.generation import generate
 from selfaug.evaluation.retention import style
 from selfaug.evaluation.retention.benchmarks import BENCHMARKS, GENERATION, RetentionConfig, whole_number
