@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, PeftConfig
 
 import selfaug.conf
+from selfaug.errors import UserError
 from selfaug.model.full import FullFineTuning
 from selfaug.objective import Objective
 from selfaug.run import build
@@ -74,6 +75,10 @@ def test_every_option_composes(group: str, name: str):
 @pytest.mark.parametrize("method", names("method"))
 def test_every_method_instantiates(method: str, alignment: str):
     config = composed(f"method={method}", f"alignment={alignment}", *NEEDED.get(("method", method), ()))
+    if config.alignment.get("source") and config.alignment.get("official"):
+        with pytest.raises(UserError, match="belongs to no data source"):
+            build.objective(config)
+        return
     objective = build.objective(config)
     assert isinstance(objective, Objective)
     assert objective.names[0] == "nll"

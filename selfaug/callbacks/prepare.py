@@ -84,6 +84,8 @@ class Prepare(L.Callback):
                 if trainer.is_global_zero:
                     _save(found, path)
             trainer.strategy.barrier()
+            if not there and not trainer.is_global_zero and path.is_file():
+                found = load_file(path)  # what a resumed run goes on with, to the bit
             measured = part.use(found, at)
             self._measured |= {f"{name}/{what}": value for what, value in measured.items()}
         self.seconds = time.perf_counter() - began

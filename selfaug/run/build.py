@@ -18,6 +18,7 @@ from selfaug.data.prompt import PromptConfig
 from selfaug.data.rewriting import RewriteConfig, RewrittenSource
 from selfaug.data.schema import Source
 from selfaug.data.sources.self_dialogues import SelfDialogues
+from selfaug.data.text import hash_sources
 from selfaug.errors import UserError
 from selfaug.model.cache import CachedReference
 from selfaug.model.decoder import verify_decoder, verify_packing
@@ -233,6 +234,14 @@ def preparations(config: DictConfig, goal: Objective) -> dict[str, Prepares]:
     if config.method.get("learn"):
         parts["learn"] = make(config.method.learn, "method")
     return {name: part for name, part in parts.items() if hasattr(part, "prepare")}
+
+
+def with_method_texts(config: DictConfig, fingerprint: str) -> str:
+    """The data's fingerprint, together with the content of the files that terms read (EWC's text), where they do."""
+    texts = {str(name): (term or {}).get("text") for name, term in config.method.terms.items()}
+    files = {name: Path(str(text.path)).expanduser() for name, text in texts.items() if text and text.get("path")}
+    found = {name: file for name, file in files.items() if file.is_file()}  # one that is not there is named later
+    return hash_sources("method", 1, {"data": fingerprint}, found) if found else fingerprint
 
 
 def _check_schedules(config: DictConfig, terms: dict[str, Any]) -> None:

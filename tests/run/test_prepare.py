@@ -101,6 +101,17 @@ def test_a_run_that_begins_again_prepares_again(runs: Runs):
     assert file.stat().st_mtime_ns > before
 
 
+def test_a_text_that_has_changed_is_another_run(runs: Runs):
+    text = runs.path / "old.jsonl"
+    text.write_text((runs.path / "dialogues.jsonl").read_text())
+    setting = (*EWC[:2], "method.terms.ewc.text.path=old.jsonl", *SHORT)
+    runs.done(*setting)
+    text.write_text(text.read_text() + '{"prompt": "Who?", "response": "Me."}\n')
+    result = runs.inline(*setting)
+    assert result.returncode == 1
+    assert "The data has changed since the run" in result.stderr
+
+
 def test_without_effect_they_are_plain_lora(runs: Runs):
     plain = runs.into(runs.runs / "plain").done(*SHORT, "method=lora")
     without = {
