@@ -28,7 +28,7 @@ demo: assets ## fine-tune the packaged model with SelfAug, then show what it lea
 
 # One thread per process: the models of the tests are tiny, and more threads only wait for each other.
 test: benchmark-assets ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 benchmarks: assets ## time and memory, side by side, and the tables of docs/speed.md (hours; needs a quiet machine)
 	$(BIN)/python -m benchmarks.all

@@ -21,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first, and the many quick tests after them, so that no process ends long after the others."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/run/", "tests/test_")))
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """Every test starts from the same random state, whatever ran before it."""

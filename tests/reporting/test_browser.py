@@ -75,7 +75,7 @@ def test_renders(opened):
     page = opened.page
     assert page.title() == "Ours"
     assert page.locator("h2:visible").all_inner_texts()[:2] == ["Results", "Plots"]
-    assert page.locator("figure svg").count() == 3
+    assert page.locator("figure svg").count() == 4
     assert all(box and box["width"] > 300 for box in (svg.bounding_box() for svg in page.locator("figure svg").all()))
     assert "selfaug-bad-s1: data.path=x does not exist." in page.locator(".failed").inner_text()
     assert opened.labels()[0] == "plain LoRA"

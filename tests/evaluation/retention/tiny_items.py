@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selfaug.evaluation import drift
+from selfaug.data import packaged
 from selfaug.evaluation.retention import benchmarks, harness, suite
 
 WORDS = ("cat", "dog", "hen", "rain", "the end", "and", "one", "other")
@@ -69,7 +69,7 @@ def tiny_items(root: Path) -> Path:
 def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny items are there instead of the packaged ones, and nothing can be fetched."""
     root = tiny_items(tmp_path / "items")
-    for module in (benchmarks, harness, drift):
+    for module in (benchmarks, harness, packaged):
         monkeypatch.setattr(module, "asset_path", lambda name: root / name)
     monkeypatch.setattr(suite, "asset_paths", lambda names: [root / name for name in names])
     return root
