@@ -1,7 +1,7 @@
 """One row of a report against every other: by how much, in how many standard errors."""
 
 from selfaug.errors import UserError
-from selfaug.reporting.compare import SIGNIFICANT, Comparison, Difference, Row, difference, holm
+from selfaug.reporting.compare import Comparison, Difference, Row, adjusted_p, difference, mark
 from selfaug.reporting.measures import Measure
 from selfaug.reporting.summary import p_value
 from selfaug.reporting.table import literal
@@ -34,17 +34,15 @@ def _row(found: Comparison, name: str) -> Row:
 
 def _column(rows: list[Row], chosen: Row, measure: Measure) -> list[str]:
     gaps = [difference(row, chosen, measure) for row in rows]
-    tested = {index: gap.p for index, gap in enumerate(gaps) if gap is not None and gap.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return [_cell(measure, gap, adjusted.get(index, 1.0)) for index, gap in enumerate(gaps)]
+    return [_cell(measure, gap, p) for gap, p in zip(gaps, adjusted_p(gaps), strict=True)]
 
 
-def _cell(measure: Measure, gap: Difference | None, adjusted: float) -> str:
+def _cell(measure: Measure, gap: Difference | None, adjusted: float | None) -> str:
     if gap is None:
         return ""
     text = measure.quantity.number(gap.interval.mean, sign=True)
     if gap.p is None:
         return text
     errors = "" if gap.standard_errors is None else f"{abs(gap.standard_errors):.1f} SE, "
-    mark = r"\*\*" if adjusted < SIGNIFICANT else r"\*" if gap.p < SIGNIFICANT else ""
-    return f"{text} ({errors}p {p_value(gap.p)}){mark}"
+    stars = mark(gap, adjusted).replace("*", r"\*")
+    return f"{text} ({errors}p {p_value(gap.p)}){stars}"

@@ -125,6 +125,13 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def adjusted_p(gaps: Sequence[Difference | None]) -> list[float | None]:
+    """p of each difference after Holm's correction for their number; None where there is no test."""
+    tested = {index: gap.p for index, gap in enumerate(gaps) if gap is not None and gap.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return [adjusted.get(index) for index in range(len(gaps))]
+
+
 @dataclass
 class Comparison:
     """All rows and columns of a report, worked out once. Plain LoRA stands first, as in the papers' tables."""
@@ -160,20 +167,14 @@ class Comparison:
     def adjusted(self) -> list[list[float | None]]:
         """[row][measure]: p of the difference to plain LoRA, after Holm's correction for the rows of the column; None
         where there is no test."""
-        found: list[list[float | None]] = [[None] * len(self.measures) for _ in self.rows]
-        for column in range(len(self.measures)):
-            tested = {
-                i: one.p for i, line in enumerate(self.differences) if (one := line[column]) and one.p is not None
-            }
-            for index, p in zip(tested, holm(list(tested.values())), strict=True):
-                found[index][column] = p
-        return found
+        columns = [adjusted_p(list(column)) for column in zip(*self.differences, strict=True)]
+        return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in self.rows]
 
     @cached_property
     def marks(self) -> list[list[str]]:
         """[row][measure]: * for p < 0.05, ** where that holds after Holm's correction for the rows of the column."""
         return [
-            [_mark(gap, p) for gap, p in zip(*both, strict=True)]
+            [mark(gap, p) for gap, p in zip(*both, strict=True)]
             for both in zip(self.differences, self.adjusted, strict=True)
         ]
 
@@ -215,7 +216,8 @@ class Comparison:
         return [i for i, p in points.items() if not any(_beats(q, p) for q in points.values())]
 
 
-def _mark(gap: Difference | None, adjusted: float | None) -> str:
+def mark(gap: Difference | None, adjusted: float | None) -> str:
+    """* for p < 0.05, ** where that holds after the correction."""
     if gap is None or gap.p is None or adjusted is None:
         return ""
     return "**" if adjusted < SIGNIFICANT else "*" if gap.p < SIGNIFICANT else ""

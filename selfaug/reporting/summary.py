@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from selfaug.evaluation.statistics import Interval
-from selfaug.reporting.compare import SIGNIFICANT, Comparison, Difference, difference, holm
+from selfaug.reporting.compare import SIGNIFICANT, Comparison, Difference, adjusted_p, difference
 from selfaug.reporting.measures import KEPT, Measure
 
 _NAMED = 4  # rows that a sentence names before it counts the rest
@@ -139,11 +139,9 @@ def _beating(found: Comparison, measure: Measure) -> list[int]:
 
 def _apart(gaps: Sequence[Difference | None]) -> list[bool]:
     """Which differences are none by chance, by the test with Holm's correction for their number."""
-    tested = {index: gap.p for index, gap in enumerate(gaps) if gap is not None and gap.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return [
-        adjusted[index] < SIGNIFICANT if index in adjusted else gap is not None and gap.telling
-        for index, gap in enumerate(gaps)
+        p < SIGNIFICANT if p is not None else gap is not None and gap.telling
+        for gap, p in zip(gaps, adjusted_p(gaps), strict=True)
     ]
 
 
