@@ -234,3 +234,15 @@ def test_correlation_within_runs_is_over_runs():
     assert found is not None
     assert (found.mean, found.low, found.high, found.n) == pytest.approx((*np.tanh([np.mean(z), low, high]), 3))
     assert within_runs(runs[:1]) is None
+
+
+def test_stars_and_sentences_are_corrected_for_the_number_of_rows():
+    found = Comparison(sweep("input_logits", "output_logits", "all_logits"))
+    for column in range(len(found.measures)):
+        gaps = [line[column] for line in found.differences]
+        p = {i: gap.p for i, gap in enumerate(gaps) if gap is not None and gap.p is not None}
+        expected = dict(zip(p, holm(list(p.values())), strict=True))
+        assert [line[column] for line in found.adjusted] == [expected.get(i) for i in range(len(gaps))]
+    f1 = next(index for index, one in enumerate(found.measures) if one.key == "task/f1")
+    both = [(line[f1], gaps[f1]) for line, gaps in zip(found.adjusted, found.differences, strict=True)]
+    assert any(p != gap.p for p, gap in both if gap is not None)
