@@ -44,10 +44,10 @@ CONFIG: dict[str, Any] = {
 
 def made_up(
     position: str = "input_logits", alpha: float = 0.5, seed: int = 1, *, plain: bool = False, points: int = 40,
-    tokens: int = 600, gain: float = 0.0, **changes: Any,
+    tokens: int = 600, gain: float = 0.0, items: int = 0, **changes: Any,
 ) -> Results:  # fmt: skip
     """A run as training would leave it; the same for the same arguments. Alignment costs a little at the task and keeps
-    more of the rest. changes: further fields of Results."""
+    more of the rest. items: of every metric, with a value each. changes: further fields of Results."""
     noise = random.Random(f"{position} {alpha} {seed} {plain}")
     strength = 0.0 if plain else alpha / (alpha + 0.3)
     if position not in ("input_logits", "all_logits", "document_logits"):
@@ -97,6 +97,11 @@ def made_up(
         ],
         "curves": _curves(noise, points, drift, kept), "token_kl": _token_kl(noise, tokens, drift),
     }  # fmt: skip
+    if items:
+        metrics = [metric for group in (task, *retention.values(), *corpora.values()) for metric in group.values()]
+        for metric, part in [*((metric, "tuned") for metric in metrics), (values["retention_mean"], "retention")]:
+            of_items = [round(noise.gauss(metric[part]["mean"], 0.3), 6) for _ in range(items)]
+            metric |= {"items": of_items, "asked": "0a1b2c3d4e5f"}
     return Results(**{**values, **changes})
 
 
@@ -148,7 +153,7 @@ def measure(runs: int, place: Path) -> common.Row:
     from selfaug.reporting.places import read_places
     from selfaug.reporting.write import write_report
 
-    for run in made_up_sweep(runs, points=200):
+    for run in made_up_sweep(runs, points=200, items=100):
         write_results(place / "runs" / run.name / "results.json", run)
     began = time.perf_counter()
     found = read_places([place / "runs"])

@@ -26,7 +26,7 @@ from benchmarks import common
 from benchmarks.common import Column, Row, value
 from selfaug import processor
 from selfaug.evaluation.answers import exact_match, token_f1
-from selfaug.evaluation.statistics import paired_difference, t_interval
+from selfaug.evaluation.statistics import over_seeds, paired_difference
 from selfaug.reporting.results import Results, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,7 +180,7 @@ def _row(alpha: Any, measure: str, full: Row, cheap: Row, difference: list[float
 
 def _over_alphas(measure: str, rows: Sequence[Row]) -> Row:
     """The differences of all alphas as one sample: is the cheap sweep off in one direction?"""
-    intervals = {key: t_interval([row[key][0] for row in rows]) for key in ("full", "cheap", "difference")}
+    intervals = {key: over_seeds([row[key][0] for row in rows]).interval() for key in ("full", "cheap", "difference")}
     found = {key: [i.mean, i.low, i.high] for key, i in intervals.items()}
     low, high = found["difference"][1:]
     agree = "yes" if low <= 0 <= high else "no"

@@ -37,8 +37,9 @@ from selfaug.data.packaged import (
 from selfaug.data.text import check_file
 from selfaug.errors import UserError
 from selfaug.evaluation.generation import length_batches
+from selfaug.evaluation.items import by_item
 from selfaug.evaluation.pair import Pair
-from selfaug.evaluation.statistics import paired_weighted_difference, weighted_bootstrap
+from selfaug.evaluation.statistics import paired_weighted_difference, pseudo_values, weighted_bootstrap
 from selfaug.objective.batch import Role
 from selfaug.objective.rows import Position, alignment_rows
 from selfaug.reporting.results import Metric
@@ -102,7 +103,8 @@ def measure_drift(
 
     Returns:
         corpus -> {"kl_base_tuned": {"tuned"}, "kl_tuned_base": {"tuned"}, "perplexity": {"base", "tuned",
-        "difference"}, "perplexity_ratio": {"tuned"}}, the parts being Intervals.
+        "difference"}, "perplexity_ratio": {"tuned"}}, the parts being Intervals; all but perplexity with their
+        `by_item`.
 
     Raises:
         UserError: a corpus that cannot be read, or a model without a base model to switch back to.
@@ -115,7 +117,7 @@ def measure_drift(
         position = _POSITION[config.corpora[name].kind]
         with tqdm(total=len(documents), desc=f"drift on {name}", unit=" documents", disable=not progress) as bar:
             sums = _document_sums(pair, documents, position, config.tokens_per_batch, bar)
-        drift[name] = _metrics(sums, config.seed)
+        drift[name] = _metrics(sums, config.seed, [document.input_ids for document in documents])
     return drift
 
 
@@ -134,16 +136,18 @@ def drift_on_answers(
     answer counts too, so an empty one has a row. Of each turn the first max_tokens tokens count; those whose prompt
     alone is longer are left out. Nothing is returned where none is left."""
     pair = Pair(model, base)
-    documents = [
-        _Document(ids[:max_tokens], roles[:max_tokens])
-        for ids, roles in _dialogues(tokenizer, config, turns)
+    measured = [
+        (_Document(ids[:max_tokens], roles[:max_tokens]), prompt)
+        for (ids, roles), (prompt, _) in zip(_dialogues(tokenizer, config, turns), turns, strict=True)
         if int(Role.RESPONSE) in roles[1:max_tokens]
     ]
-    if not documents:
+    if not measured:
         return {}
+    documents = [document for document, _ in measured]
     with tqdm(total=len(documents), desc="drift on own answers", unit=" answers", disable=not progress) as bar:
         sums = _document_sums(pair, documents, _POSITION["dialogue"], config.tokens_per_batch, bar)
-    return _metrics(sums, config.seed)
+    # Two models are compared prompt by prompt: each answers in its own words.
+    return _metrics(sums, config.seed, [prompt for _, prompt in measured])
 
 
 # ---- corpora -------------------------------------------------------------------------------------
@@ -298,16 +302,26 @@ def _document_sums(
     return sums
 
 
-def _metrics(sums: np.ndarray, seed: int) -> dict[str, Metric]:
-    """The metrics and their intervals from `_document_sums`."""
+def _metrics(sums: np.ndarray, seed: int, asked: Sequence[Any]) -> dict[str, Metric]:
+    """The metrics and their intervals from `_document_sums`. asked: what identifies each document."""
     kl_base_tuned, kl_tuned_base, nll_tuned, nll_base, tokens = sums
+    surprise = pseudo_values(nll_tuned - nll_base, tokens)  # the logarithm of the perplexity ratio
     return {
-        "kl_base_tuned": {"tuned": weighted_bootstrap(kl_base_tuned, tokens, seed=seed)},
-        "kl_tuned_base": {"tuned": weighted_bootstrap(kl_tuned_base, tokens, seed=seed)},
+        "kl_base_tuned": {
+            "tuned": weighted_bootstrap(kl_base_tuned, tokens, seed=seed),
+            **by_item(asked, pseudo_values(kl_base_tuned, tokens)),
+        },
+        "kl_tuned_base": {
+            "tuned": weighted_bootstrap(kl_tuned_base, tokens, seed=seed),
+            **by_item(asked, pseudo_values(kl_tuned_base, tokens)),
+        },
         "perplexity": {
             "base": weighted_bootstrap(nll_base, tokens, transform=np.exp, seed=seed),
             "tuned": weighted_bootstrap(nll_tuned, tokens, transform=np.exp, seed=seed),
             "difference": paired_weighted_difference(nll_base, nll_tuned, tokens, transform=np.exp, seed=seed),
         },
-        "perplexity_ratio": {"tuned": weighted_bootstrap(nll_tuned - nll_base, tokens, transform=np.exp, seed=seed)},
+        "perplexity_ratio": {
+            "tuned": weighted_bootstrap(nll_tuned - nll_base, tokens, transform=np.exp, seed=seed),
+            **by_item(asked, np.exp(surprise.mean()) * (1 + surprise - surprise.mean())),
+        },
     }

@@ -9,6 +9,7 @@ from torch import nn
 
 from selfaug.evaluation.answers import CRAG_POINTS, Judgement, exact_match, judge, token_f1
 from selfaug.evaluation.generation import generate
+from selfaug.evaluation.items import by_item
 from selfaug.evaluation.statistics import bootstrap, paired_difference
 from selfaug.reporting.results import Metric
 
@@ -50,8 +51,9 @@ def score_answers(
         base, tuned: the answer of each model to each question; None where there is no tuned model.
 
     Returns:
-        exact_match, f1, crag_score, correct, missing, incorrect, each {"base", "tuned", "difference"} -> Interval.
-        Shares and scores are 0..1, crag_score is -1..1. The difference is tuned - base, question by question.
+        exact_match, f1, crag_score, correct, missing, incorrect, each {"base", "tuned", "difference"} -> Interval,
+        and the tuned model's `by_item`. Shares and scores are 0..1, crag_score is -1..1. The difference is tuned -
+        base, question by question.
 
     Raises:
         UserError: no questions.
@@ -65,6 +67,7 @@ def score_answers(
             "base": bootstrap(before[name], seed=seed),
             "tuned": bootstrap(after[name], seed=seed),
             "difference": paired_difference(before[name], after[name], seed=seed),
+            **by_item(map(list, rows_answers), after[name]),
         }
         for name in before
     }

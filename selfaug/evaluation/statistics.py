@@ -2,7 +2,7 @@
 
 The bootstrap (Efron and Tibshirani 1993, chapter 13) draws the items that were measured (questions, documents)
 again with replacement and asks how much the number would have moved. It therefore speaks about other questions of
-the same kind, not about other training runs: for those, train with several seeds and use `t_interval`.
+the same kind, not about other training runs: for those, train with several seeds and use `over_seeds`.
 
 Everything is a function of its arguments and the seed. One item has no spread, so its interval is NaN; items that
 are all equal have an interval of width zero, which says more about the sample than about the world.
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import stdtrit
 
 from selfaug.errors import UserError
 
@@ -148,26 +150,80 @@ def wilson_low(values: ArrayLike, confidence: float = 0.95) -> float:
     return float(stats.binomtest(round(column.sum()), len(column)).proportion_ci(confidence, "wilson").low)
 
 
-def over_seeds_and_items(runs: Sequence[Interval], *, confidence: float = 0.95) -> Interval:
-    """The mean over seeds, with an interval for other seeds *and* other items: the half widths of both, added in
-    squares. The items are the same in every run, so their part does not shrink with the number of seeds."""
-    seeds = t_interval([run.mean for run in runs], confidence=confidence)
-    items = float(np.mean([(run.high - run.low) / 2 for run in runs]))
-    half = math.hypot((seeds.high - seeds.low) / 2, items)
-    return Interval(seeds.mean, seeds.mean - half, seeds.mean + half, seeds.n)
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean and how sure it is. n: the seeds behind it.
+
+    parts: (variance of the mean, degrees of freedom with which it was estimated) of each source of chance; none where
+    there is nothing to estimate them from.
+    """
+
+    mean: float
+    parts: tuple[tuple[float, float], ...]
+    n: int
+
+    def interval(self, confidence: float = 0.95) -> Interval:
+        """The mean ± Student's half widths of the parts, added in squares (MOVER, Zou and Donner 2008)."""
+        half = self._half_width(1 - confidence) if self.parts else math.nan
+        return Interval(self.mean, self.mean - half, self.mean + half, self.n)
+
+    @property
+    def standard_errors(self) -> float | None:
+        """How many of them the mean is away from 0; None where the error is 0 or unknown."""
+        squared = sum(variance for variance, _ in self.parts)
+        return self.mean / math.sqrt(squared) if squared > 0 else None
+
+    @property
+    def p(self) -> float | None:
+        """1 minus the confidence of the interval that ends at 0; with one part the p of Student's two-sided test. None
+        where the error is unknown, or 0 with a mean that is not."""
+        if not self.parts or not any(variance > 0 for variance, _ in self.parts):
+            return 1.0 if self.parts and self.mean == 0 else None
+        smallest = 1e-12
+        if self._half_width(smallest) <= abs(self.mean):
+            return smallest
+        return float(brentq(lambda p: self._half_width(p) - abs(self.mean), smallest, 1.0, xtol=1e-13, rtol=1e-9))
+
+    def _half_width(self, p: float) -> float:
+        return math.sqrt(sum(variance * float(stdtrit(df, p / 2)) ** 2 for variance, df in self.parts))
 
 
-def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """The mean over a few independent runs (seeds) and its Student t interval: mean ± t sd / sqrt(n).
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean over a few independent runs (seeds), for other seeds: Student's t.
 
     Not a bootstrap: resampling three or five values gives intervals that are far too narrow.
     """
     column = _column(values, "values")
-    n, mean = len(column), float(column.mean())
-    if n < 2 or not math.isfinite(mean):
-        return Interval(mean, math.nan, math.nan, n)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * column.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
+    return Estimate(float(column.mean()), _parts(column), len(column))
+
+
+def over_seeds_and_items(values: ArrayLike) -> Estimate:
+    """The mean of values [seeds, items], for other seeds *and* other items of their kind. Of one seed: for other items.
+
+    The items are the same for every seed, so their part does not shrink with the number of seeds. What seeds and items
+    have in common counts in both parts, which errs on the side of caution.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    return Estimate(float(table.mean()), _parts(table.mean(axis=1)) + _parts(table.mean(axis=0)), len(table))
+
+
+def pseudo_values(sums: ArrayLike, weights: ArrayLike) -> Array:
+    """[n]: for each item a value, such that their mean is sum(sums) / sum(weights), and the standard error of that
+    mean is that of the ratio to first order (its influence function). With equal weights: sums / weights."""
+    numerator, tokens = _column(sums, "sums"), _column(weights, "weights")
+    _same_length(sums=numerator, weights=tokens)
+    with np.errstate(all="ignore"):
+        ratio = numerator.sum() / tokens.sum()
+        return ratio + len(tokens) * (numerator - ratio * tokens) / tokens.sum()
+
+
+def _parts(means: Array) -> tuple[tuple[float, float], ...]:
+    """The variance of the mean of these, as Estimate has it; exactly 0 where they are the same but for rounding."""
+    n = len(means)
+    if n < 2 or not np.isfinite(means).all():
+        return ()
+    alike = np.ptp(means) <= 1e-12 * np.abs(means).max()
+    return ((0.0 if alike else float(means.var(ddof=1)) / n, n - 1),)
 
 
 def _interval(

@@ -10,8 +10,8 @@ from selfaug.reporting.table import literal
 def against(found: Comparison, name: str) -> str:
     """A Markdown table of every other row minus the row called `name`: mean, standard errors, p.
 
-    * and ** as in the report: p < 0.05 in the paired t-test over the seeds, and still so after Holm's correction for
-    the rows of the column. Raises UserError where no row, or more than one, is called that.
+    * and ** as in the report: p < 0.05 for other seeds and items, and still so after Holm's correction for the rows of
+    the column. Raises UserError where no row, or more than one, is called that.
     """
     chosen = _row(found, name)
     others = [row for row in found.rows if row is not chosen]

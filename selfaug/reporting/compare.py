@@ -1,19 +1,20 @@
 """Many runs as rows: one for each setting, its seeds together, each against plain LoRA.
 
 A row's number is the mean over its seeds. Its difference to plain LoRA is taken seed by seed (both runs of a seed see
-the same examples in the same order), and the paired t-test asks whether the mean of these differences could be 0 for
-other seeds. With one seed there is no such test: the difference then has the interval of two independent samples of
-items, wider than need be because the items are the same, and claims nothing about other seeds.
+the same examples in the same order) and item by item (both answer the same questions), and the test asks whether the
+mean of these differences could be 0 for other seeds and other items. With one seed there is no such test: the
+difference has an interval over the items and claims nothing about other seeds. Where the items differ from run to run,
+or results hold none, their chance lies in the differences of the seeds, and the seeds alone are tested.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from scipy.special import stdtr
+import numpy as np
 
-from selfaug.evaluation.statistics import Interval, over_seeds_and_items, t_interval
+from selfaug.evaluation.statistics import Estimate, Interval, over_seeds, over_seeds_and_items
 from selfaug.reporting.cells import clean
 from selfaug.reporting.labels import adapter_kind, baseline_key, is_plain, row_key, row_labels
 from selfaug.reporting.measures import Measure, main_drift, main_retention, main_task, measures
@@ -33,19 +34,26 @@ class Row:
     baseline: "Row | None" = None
 
     def value(self, measure: Measure) -> Interval | None:
-        """The mean over the seeds; of one seed its own number, with its interval over the items."""
-        values = [measure.tuned(run) for run in self.runs.values()]
-        return values[0] if len(values) == 1 else over_seeds(values, measure.same_items)
+        """The mean over the seeds, None where one of them has no number; of one seed its own, with its interval over
+        the items."""
+        runs = list(self.runs.values())
+        values = [measure.tuned(run) for run in runs]
+        if len(values) == 1:
+            return values[0]
+        # A mean over the seeds that happened to have a number would be a mean of something else.
+        known = [value.mean for value in values if value is not None and not math.isnan(value.mean)]
+        return estimate(known, _items(runs, measure)).interval() if known and len(known) == len(values) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One row minus another. paired: by `seeds` seeds, with the p of a paired t-test and the mean in standard errors
-    (None where all differences are the same); otherwise there is only an interval."""
+    """One row minus another. paired: by `seeds` seeds, with the p of a test and the mean in standard errors (None where
+    all differences are the same); otherwise there is only an interval. items: by how many items it is paired too."""
 
     interval: Interval
     paired: bool
     seeds: int
+    items: int = 0
     p: float | None = None
     standard_errors: float | None = None
 
@@ -83,29 +91,41 @@ def rows_of(results: Sequence[Results]) -> list[Row]:
     return rows
 
 
-def over_seeds(intervals: Iterable[Interval | None], same_items: bool) -> Interval | None:
-    """The mean over seeds; None where one of them has no number."""
-    runs = list(intervals)
-    known = [run for run in runs if run is not None and not math.isnan(run.mean)]
-    # A mean over the seeds that happened to have a number would be a mean of something else.
-    if not known or len(known) < len(runs):
+def estimate(means: Sequence[float], items: np.ndarray | None) -> Estimate:
+    """The mean over seeds with its error. items: [seeds, items], where all seeds have the same."""
+    if items is None:
+        return over_seeds(means)
+    # The items were written to six digits only.
+    return replace(over_seeds_and_items(items), mean=float(np.mean(means)))
+
+
+def _items(runs: Sequence[Results], measure: Measure) -> np.ndarray | None:
+    """[runs, items]: what each item contributed; None where the runs have no items, or not the same."""
+    found = [measure.by_item(run) for run in runs]
+    asked = {(one.get("asked"), len(one.get("items") or [])) for one in found}
+    if len(asked) != 1 or not found[0].get("items") or not found[0].get("asked"):
         return None
-    return over_seeds_and_items(known) if same_items else t_interval([run.mean for run in known])
+    values = np.array([one["items"] for one in found], dtype=float)
+    return values if np.isfinite(values).all() else None
 
 
 def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
     """row - other; None where one of them has no number, and where both have several seeds and none in common."""
     seeds = [seed for seed in row.runs if seed in other.runs]
-    pairs = [(measure.tuned(row.runs[seed]), measure.tuned(other.runs[seed])) for seed in seeds]
-    deltas = [a.mean - b.mean for a, b in pairs if a is not None and b is not None]
-    deltas = [delta for delta in deltas if not math.isnan(delta)]
-    if len(deltas) > 1:
-        interval = t_interval(deltas)
-        if max(deltas) - min(deltas) <= 1e-12 * max(map(abs, deltas)):  # no spread, so nothing to divide by
-            return Difference(interval, True, len(deltas), 1.0 if interval.mean == 0 else None)
-        error = math.sqrt(sum((d - interval.mean) ** 2 for d in deltas) / (len(deltas) - 1) / len(deltas))
-        t = interval.mean / error
-        return Difference(interval, True, len(deltas), 2 * float(stdtr(len(deltas) - 1, -abs(t))), t)
+    deltas: dict[int, float] = {}
+    for seed in seeds:
+        a, b = measure.tuned(row.runs[seed]), measure.tuned(other.runs[seed])
+        if a is not None and b is not None and not math.isnan(a.mean - b.mean):
+            deltas[seed] = a.mean - b.mean
+    both = _items([runs[seed] for runs in (row.runs, other.runs) for seed in deltas], measure) if deltas else None
+    gaps = None if both is None else both[: len(deltas)] - both[len(deltas) :]
+    items = 0 if gaps is None else gaps.shape[1]
+    alone = len(row.runs) == len(other.runs) == 1
+    if len(deltas) > 1 or (gaps is not None and alone):
+        found = estimate(list(deltas.values()), gaps)
+        if alone:
+            return Difference(found.interval(), False, 1, items)
+        return Difference(found.interval(), True, len(deltas), items, found.p, found.standard_errors)
     if not seeds and max(len(row.runs), len(other.runs)) > 1:
         return None
     ours, theirs = row.value(measure), other.value(measure)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from selfaug.evaluation.statistics import Interval, t_interval
+from selfaug.evaluation.statistics import Interval, over_seeds
 from selfaug.reporting.results import Results
 
 LEAST_POINTS = 4  # the interval below divides by sqrt(n - 3)
@@ -36,7 +36,7 @@ def within_runs(runs: Sequence[Results]) -> Interval | None:
     if len(found) < 2:
         return None
     limit = 1 - 1e-6  # a perfect rank order has no finite z
-    scale = t_interval([math.atanh(float(np.clip(r, -limit, limit))) for r in found])
+    scale = over_seeds([math.atanh(float(np.clip(r, -limit, limit))) for r in found]).interval()
     return Interval(math.tanh(scale.mean), math.tanh(scale.low), math.tanh(scale.high), len(found))
 
 

@@ -51,7 +51,7 @@ def latex_table(found: Comparison) -> str:
         lines.append(rf"\multicolumn{{{len(columns) + 1}}}{{l}}{{\footnotesize\textit{{{escaped(SOURCE)}}}}} \\")
         lines += [_line(rf"\textit{{{escaped(one.label)}}}", _published(one, measures)) for one in published]
     caption = f"Means of {seeds_of(found)} with half a 95% interval, best in bold; below, the difference to plain LoRA "
-    caption += "with its interval: * p < 0.05, ** after Holm's correction (paired t-test over seeds)."
+    caption += "with its interval: * p < 0.05, ** after Holm's correction (paired over seeds and items)."
     if published:
         caption += f" In italics: {CAUTION[0].lower()}{CAUTION[1:]}"
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{escaped(caption)}}}", r"\end{table}"]

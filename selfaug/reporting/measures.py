@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from selfaug.evaluation.statistics import Interval
 from selfaug.reporting.cells import Quantity, clean, interval_of
-from selfaug.reporting.results import Results
+from selfaug.reporting.results import Metric, Results
 
 Read = Callable[[Results], Interval | None]
 
@@ -42,8 +42,8 @@ class Measure:
     tuned: Read
     base: Read
     better: int  # 1: more is better; -1: less is; 0: neither
-    # Whether a mean over seeds also carries the uncertainty of the items, which are the same for every seed.
-    same_items: bool = False
+    # {items, asked} of the tuned model, as evaluation/items.py writes them; empty where there are none.
+    by_item: Callable[[Results], Metric] = lambda run: {}
 
 
 def measures(results: Sequence[Results]) -> list[Measure]:
@@ -61,7 +61,8 @@ def measures(results: Sequence[Results]) -> list[Measure]:
     if any(run.retention_mean for run in results):
         found.append(
             Measure(KEPT, "Benchmarks", "kept (%)", "kept (%)", ["kept", "%"], Quantity("kept", 100, 1),
-                    lambda run: interval_of(run.retention_mean, "retention"), _nothing, 1, same_items=True)
+                    lambda run: interval_of(run.retention_mean, "retention"), _nothing, 1,
+                    lambda run: run.retention_mean)
         )  # fmt: skip
     seconds = Quantity("time", 1, 0)
     found.append(Measure("time", "Cost", "time (s)", "time (s)", ["time", "s"], seconds, _seconds, _nothing, -1))
@@ -95,12 +96,12 @@ def _nothing(run: Results) -> Interval | None:
 
 
 def _task(header: str, name: str) -> Measure:
-    def read(part: str) -> Read:
-        return lambda run: interval_of(run.task.get(name), part)
+    def metric(run: Results) -> Metric:
+        return run.task.get(name) or {}
 
     title = f"{header} (%)"
     return Measure(
-        f"task/{name}", "Task", title, title, [header, "%"], TASK[name], read("tuned"), read("base"), better=1
+        f"task/{name}", "Task", title, title, [header, "%"], TASK[name], *_parts(metric), better=1, by_item=metric
     )
 
 
@@ -112,36 +113,38 @@ def _drift(corpus: str, name: str, lines: list[str], base: float) -> Measure:
     return Measure(
         f"drift/{corpus}/{name}", f"Drift: {title}", label, f"{title} {label}", [*textwrap.wrap(title, 7), *lines],
         DRIFT[name], lambda run: read(run, corpus, name), lambda run: constant if corpus in run.drift else None, -1,
+        lambda run: run.drift.get(corpus, {}).get(name) or {},
     )  # fmt: skip
 
 
 def _benchmark(name: str) -> Measure:
     """Its main metric, the one that counts for the mean."""
 
-    def read(part: str) -> Read:
-        def of(run: Results) -> Interval | None:
-            main = next((metric for metric in run.retention.get(name, {}).values() if metric.get("main")), None)
-            return interval_of(main, part)
-
-        return of
+    def metric(run: Results) -> Metric:
+        return next((metric for metric in run.retention.get(name, {}).values() if metric.get("main")), {})
 
     title = clean(name, 28)
     lines = [*textwrap.wrap(title.replace("_", " "), 7), "%"]
     return Measure(
         f"retention/{name}", "Benchmarks", f"{title} (%)", f"{title} (%)", lines, Quantity(title, 100, 1),
-        read("tuned"), read("base"), 1, same_items=True,
+        *_parts(metric), 1, metric,
     )  # fmt: skip
 
 
 def _style(name: str, quantity: Quantity) -> Measure:
     """Of the answers to general instructions; the prompts are the same in every run."""
 
-    def read(part: str) -> Read:
-        return lambda run: interval_of(run.style.get("instructions", {}).get(name), part)
+    def metric(run: Results) -> Metric:
+        return run.style.get("instructions", {}).get(name) or {}
 
     title = quantity.label
     return Measure(f"style/{name}", "Style of answers", title, f"answers: {title}", textwrap.wrap(title, 7), quantity,
-                   read("tuned"), read("base"), 0, same_items=True)  # fmt: skip
+                   *_parts(metric), 0, metric)  # fmt: skip
+
+
+def _parts(metric: Callable[[Results], Metric]) -> tuple[Read, Read]:
+    """How to read the tuned and the base model's number."""
+    return (lambda run: interval_of(metric(run), "tuned"), lambda run: interval_of(metric(run), "base"))
 
 
 def _kl(run: Results, corpus: str, name: str) -> Interval | None:

@@ -132,7 +132,7 @@ def _results(found: Comparison) -> str:
     lead = "Means with half a 95% interval; the best of a column in bold. "
     if gaps:
         lead += "Below, the difference to plain LoRA with its interval: coloured where 5% tell it from 0, "
-        lead += "* p &lt; 0.05, ** after Holm's correction (paired t-test over seeds). "
+        lead += "* p &lt; 0.05, ** after Holm's correction. "
     lead += "Click a heading to sort."
     return (
         f'<h2 id="results-title">Results</h2><p class="lead">{lead}</p><div class="tools">'
@@ -184,7 +184,10 @@ def _gap(measure: Measure, gap: Difference | None, mark: str) -> str:
     better = gap.interval.mean * measure.better
     # Without a test nothing is coloured: an unpaired interval of one seed speaks about items only.
     tone = (" up" if better > 0 else " down") if gap.paired and gap.telling and better else ""
-    said = f"paired over {gap.seeds} seeds" if gap.paired else "one seed: interval over items, unpaired, no test"
+    items = f"paired over {gap.items} items" if gap.items else "over items, unpaired"
+    said = f"one seed: interval {items}, no test"
+    if gap.paired:
+        said = f"paired over {gap.seeds} seeds" + (f" and {gap.items} items" if gap.items else "")
     if gap.p is not None:
         said += f"; p {p_value(gap.p)}"
     if gap.standard_errors is not None:

@@ -21,8 +21,9 @@ from selfaug.errors import UserError
 
 SCHEMA_VERSION = 1
 
-# One metric: {"base": {...}, "tuned": {...}, "difference": {...}}, each {mean, low, high, n}. What was not measured
-# is left out or None. An `evaluation.statistics.Interval` may stand for the inner dictionary until it is written.
+# One metric: {"base": {...}, "tuned": {...}, "difference": {...}}, each {mean, low, high, n}, and what single items
+# contributed (see evaluation/items.py). What was not measured is left out or None. An `evaluation.statistics.Interval`
+# may stand for the inner dictionary until it is written.
 Metric = dict[str, Any]
 
 
@@ -93,6 +94,8 @@ def write_results(path: str | os.PathLike[str], results: Results) -> None:
 
 # Long lists of small numbers: a line each, or the file would be mostly line breaks.
 _ON_ONE_LINE = frozenset({"curves", "token_kl"})
+# A list of numbers that was broken into lines; no string of JSON holds a line break.
+_NUMBERS = re.compile(r"\[\n[-+\d.eE,\snul]+\]")
 
 
 def _text(content: dict[str, Any]) -> str:
@@ -101,6 +104,7 @@ def _text(content: dict[str, Any]) -> str:
     for key, value in content.items():
         indent = None if key in _ON_ONE_LINE else 2
         written = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).replace("\n", "\n  ")
+        written = _NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", written)
         lines.append(f'  "{key}": {written}')
     return "{\n" + ",\n".join(lines) + "\n}\n"
 

@@ -101,18 +101,17 @@ def seeds_of(found: Comparison) -> str:
 
 
 NOTES: Sequence[str] = (
-    "A row is one setting; runs that differ only by the seed are its seeds. ± is half of a 95% interval: Student's t "
-    "over the seeds; for general benchmarks, whose items are the same in every run, the half width over the items is "
-    "added in squares. A row of one seed has the bootstrap interval over its questions, documents or items.",
+    "A row is one setting; runs that differ only by the seed are its seeds. ± is half of a 95% interval for other "
+    "seeds and other items (questions, documents, prompts): Student's half widths over the means by seed and over the "
+    "means by item, added in squares. A row of one seed has the bootstrap interval over its items.",
     "Plain LoRA is NLL alone: method=lora, alignment=none, or alpha 0, which trains the same weights bit for bit. Each "
     "row is compared with the plain LoRA row whose other settings are the same; full fine-tuning, which has none, with "
     "the only one there is.",
-    "The difference to plain LoRA is taken seed by seed, with Student's 95% interval over the seeds. * p < 0.05 in a "
-    "two-sided paired t-test over the seeds; ** still below 0.05 after Holm's correction for the rows of the column. "
-    "With three seeds the test has two degrees of freedom: it finds large effects only, and no star is no proof of "
-    "none. Values of single items are not in results.json, so the test does not use them.",
-    "With one seed the difference has the interval of two independent samples of items, carries no star, and says "
-    "nothing about other seeds.",
+    "The difference to plain LoRA is taken seed by seed and item by item, with its interval for other seeds and items. "
+    "* p < 0.05 (two-sided) in the same test; ** still below 0.05 after Holm's correction for the rows of the column. "
+    "Three seeds leave two degrees of freedom: the test finds large effects only, and no star is no proof of none. "
+    "Runs without the same items are tested over the seeds alone.",
+    "With one seed the difference has its interval over the items, carries no star and says nothing about other seeds.",
     "kept: tuned / base, averaged over the benchmarks on which the base model is above chance. KL in nats per token, "
     "on held-out text that no run trained on.",
     "Pareto front: the rows that no other row beats at both task and retention, by their means.",

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfaug.reporting.cells import NOTHING, Quantity, clean, interval_of
-from selfaug.reporting.compare import over_seeds, rows_of
+from selfaug.reporting.compare import rows_of
 from selfaug.reporting.labels import setting_labels
 from selfaug.reporting.measures import DRIFT, TASK, Measure, measures
 from selfaug.reporting.results import Results
@@ -157,7 +157,6 @@ def _comparison(results: Sequence[Results], most: int | None = None) -> tuple[li
             averaged = len(row.runs) > 1 and run.status == "finished"
             lines.append(_Line([label, *(one.quantity.short(one.tuned(run)) for one in columns)], averaged=averaged))
         if len(row.runs) > 1:
-            means = [over_seeds(map(one.tuned, row.runs.values()), one.same_items) for one in columns]
-            cells = [one.quantity.short(mean) for one, mean in zip(columns, means, strict=True)]
+            cells = [one.quantity.short(row.value(one)) for one in columns]
             lines.append(_Line([f"{row.label}: mean of {len(row.runs)} seeds", *cells], summary=True))
     return columns, lines

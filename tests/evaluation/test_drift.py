@@ -71,7 +71,11 @@ def check(metrics, sums, documents):
         ("perplexity", "difference"): np.exp(nll_tuned / tokens) - np.exp(nll_base / tokens),
         ("perplexity_ratio", "tuned"): np.exp((nll_tuned - nll_base) / tokens),
     }
-    assert {(name, part) for name, metric in metrics.items() for part in metric} == set(expected)
+    by_item = {"items", "asked"}
+    assert {(name, part) for name, metric in metrics.items() for part in set(metric) - by_item} == set(expected)
+    for name in set(metrics) - {"perplexity"}:
+        assert len(metrics[name]["items"]) == documents
+        assert np.mean(metrics[name]["items"]) == pytest.approx(metrics[name]["tuned"].mean, rel=1e-4)
     for (name, part), value in expected.items():
         interval = metrics[name][part]
         assert interval.mean == pytest.approx(value, rel=1e-4), (name, part)

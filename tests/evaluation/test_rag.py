@@ -31,9 +31,12 @@ def test_scores_by_hand():
     assert means["incorrect"] == (0.25, 0.25)
     assert means["crag_score"] == (0.0, 0.5)
     for metric in scores.values():
-        assert set(metric) == {"base", "tuned", "difference"}
+        intervals = {part: metric[part] for part in ("base", "tuned", "difference")}
+        assert set(metric) == {*intervals, "items", "asked"}
         assert metric["difference"].mean == pytest.approx(metric["tuned"].mean - metric["base"].mean)
-        assert all(interval.n == 4 and interval.low <= interval.mean <= interval.high for interval in metric.values())
+        assert all(one.n == 4 and one.low <= one.mean <= one.high for one in intervals.values())
+    assert scores["f1"]["items"] == pytest.approx(f1_tuned, rel=1e-5)
+    assert score_answers([*ANSWERS[:3], ["no"]], BASE, TUNED)["f1"]["asked"] != scores["f1"]["asked"]
     assert scores["f1"]["base"] == bootstrap(f1_base)
     assert scores["f1"]["difference"] == paired_difference(f1_base, f1_tuned)
 

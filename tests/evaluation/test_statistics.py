@@ -12,9 +12,11 @@ from selfaug.evaluation import statistics
 from selfaug.evaluation.statistics import (
     Interval,
     bootstrap,
+    over_seeds,
+    over_seeds_and_items,
     paired_difference,
     paired_weighted_difference,
-    t_interval,
+    pseudo_values,
     weighted_bootstrap,
 )
 
@@ -107,7 +109,7 @@ def test_edges():
     assert math.isnan(diverged.low)
     assert math.isnan(bootstrap([1.0, math.nan, 2.0]).mean)
     assert weighted_bootstrap([1e6, 1e6], [1, 2], transform=np.exp).mean == math.inf
-    for function in (bootstrap, t_interval):
+    for function in (bootstrap, over_seeds):
         with pytest.raises(UserError, match="nothing to average"):
             function([])
     with pytest.raises(ValueError, match="one-dimensional"):
@@ -164,14 +166,72 @@ def test_perplexities_over_the_same_documents():
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
-def test_t_interval():
+def test_over_seeds():
     runs = [0.41, 0.44, 0.47, 0.40]
-    expected = stats.ttest_1samp(runs, 0).confidence_interval(0.95)
-    interval = t_interval(runs)
+    test = stats.ttest_1samp(runs, 0)
+    expected = test.confidence_interval(0.95)
+    found = over_seeds(runs)
+    interval = found.interval()
     assert interval.mean == pytest.approx(0.43)
     assert (interval.low, interval.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
     assert interval.n == 4
-    assert t_interval([0.5, 0.5]) == Interval(0.5, 0.5, 0.5, 2)
-    single = t_interval([0.5])
+    assert (found.p, found.standard_errors) == (pytest.approx(test.pvalue), pytest.approx(test.statistic))
+    assert over_seeds([0.5, 0.5]).interval() == Interval(0.5, 0.5, 0.5, 2)
+    assert (over_seeds([0.5, 0.5]).p, over_seeds([0.0, 0.0]).p) == (None, 1.0)
+    single = over_seeds([0.5]).interval()
     assert single.mean == 0.5
     assert math.isnan(single.low)
+
+
+def test_over_seeds_and_items_adds_half_widths_in_squares():
+    rng = np.random.default_rng(1)
+    values = 0.3 + rng.normal(0, 0.2, (4, 1)) + rng.normal(0, 1, (1, 30)) + rng.normal(0, 0.5, (4, 30))
+    found = over_seeds_and_items(values)
+
+    def half(confidence):
+        parts = [stats.ttest_1samp(values.mean(axis), 0).confidence_interval(confidence) for axis in (0, 1)]
+        return math.hypot(*((part.high - part.low) / 2 for part in parts))
+
+    interval = found.interval(0.9)
+    assert (interval.mean, interval.n) == (pytest.approx(values.mean()), 4)
+    assert (interval.high - interval.mean, interval.mean - interval.low) == pytest.approx((half(0.9), half(0.9)))
+    assert found.p is not None
+    assert half(1 - found.p) == pytest.approx(abs(values.mean()))  # the interval of that confidence ends at 0
+    squared = stats.sem(values.mean(0)) ** 2 + stats.sem(values.mean(1)) ** 2
+    assert found.standard_errors == pytest.approx(values.mean() / math.sqrt(squared))
+
+
+@pytest.mark.parametrize(("between_seeds", "between_items"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.3, 1.0)])
+def test_over_seeds_and_items_finds_nothing_where_nothing_is(between_seeds, between_items):
+    """Of sweeps in which both rows are equal, hardly more than one in twenty differs at 5%, whatever scatters more."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(4000):
+        seeds, items = rng.normal(0, between_seeds, (3, 1)), rng.normal(0, between_items, (1, 40))
+        interval = over_seeds_and_items(seeds + items + rng.normal(0, 1, (3, 40))).interval()
+        missed += not interval.low <= 0 <= interval.high
+    assert missed / 4000 < 0.06
+
+
+def test_one_seed_speaks_about_items_alone():
+    values = np.random.default_rng(0).normal(0.1, 1, 50)
+    test = stats.ttest_1samp(values, 0)
+    found = over_seeds_and_items(values[None])
+    assert found.p == pytest.approx(test.pvalue)
+    assert math.isnan(over_seeds_and_items([[0.5]]).interval().low)
+    assert over_seeds_and_items(np.zeros((3, 5))).p == 1.0
+    # All seeds alike: what is left is the items.
+    alike = over_seeds_and_items(np.stack([values] * 3))
+    assert alike.p == pytest.approx(test.pvalue)
+
+
+def test_pseudo_values_have_the_ratio_and_its_error():
+    rng = np.random.default_rng(0)
+    weights = rng.integers(20, 200, 150).astype(float)
+    sums = weights * rng.gamma(2, 0.05, 150)
+    values = pseudo_values(sums, weights)
+    interval = weighted_bootstrap(sums, weights, resamples=4000)
+    assert values.mean() == pytest.approx(sums.sum() / weights.sum())
+    half = 1.96 * values.std(ddof=1) / np.sqrt(150)
+    assert half == pytest.approx((interval.high - interval.low) / 2, rel=0.05)
+    assert list(pseudo_values([1.0, 0.0, 1.0], np.ones(3))) == [1.0, 0.0, 1.0]

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.report import made_up
+from selfaug.evaluation.statistics import over_seeds_and_items
 from selfaug.reporting.compare import Comparison, difference, holm, rows_of
 from selfaug.reporting.correlation import rank_correlation, within_runs
 from selfaug.reporting.results import Results
@@ -84,13 +85,55 @@ def test_a_row_that_diverged_is_on_no_front():
     assert 2 not in found.front_at(found.drift)
 
 
-def test_means_of_benchmarks_carry_the_uncertainty_of_their_items():
-    found = Comparison(sweep("input_logits"))
-    kept = found.values[1][column(found, "kept")]
-    ours = [made_up("input_logits", seed=seed).retention_mean["retention"]["mean"] for seed in SEEDS]
-    half = math.hypot(stats.t.ppf(0.975, 2) * stats.sem(ours), 0.05)
-    assert kept is not None
-    assert (kept.mean, kept.high - kept.low) == pytest.approx((np.mean(ours), 2 * half))
+def with_items(runs: list[Results], asked: str = "same") -> list[Results]:
+    """Values of 100 questions for F1, some harder than others, that have each run's mean."""
+    for run in runs:
+        hard = np.random.default_rng(0).normal(0, 0.3, 100)
+        own = np.random.default_rng([run.seed, len(run.config["method"]["terms"])]).normal(0, 0.05, 100)
+        items = run.task["f1"]["tuned"]["mean"] + hard - hard.mean() + own - own.mean()
+        run.task["f1"] |= {"items": list(items), "asked": asked if asked == "same" else f"{run.seed}"}
+    return runs
+
+
+def test_seeds_and_items_are_both_drawn():
+    runs = with_items(sweep("input_logits"))
+    found = Comparison(runs)
+    f1 = column(found, "task/f1")
+    ours, plain = (
+        np.array([run.task["f1"]["items"] for run in runs if bool(run.config["method"]["terms"]) == terms])
+        for terms in (True, False)
+    )
+    gap, value = found.differences[1][f1], found.values[1][f1]
+    assert gap is not None
+    assert value is not None
+    expected = over_seeds_and_items(ours - plain)
+    assert (gap.p, gap.seeds, gap.items) == (pytest.approx(expected.p), 3, 100)
+    assert gap.standard_errors == pytest.approx(expected.standard_errors)
+    assert gap.interval.mean == pytest.approx(np.mean(values(runs[3:])) - np.mean(values(runs[:3])))
+    assert value.high - value.low == pytest.approx(2 * (over_seeds_and_items(ours).interval().high - value.mean))
+    # What questions have in common cancels out of the difference, not out of the row.
+    assert gap.interval.high - gap.interval.low < value.high - value.low
+
+
+def test_one_seed_is_paired_by_item_and_still_makes_no_claim():
+    runs = with_items(sweep("input_logits", seeds=(1,)))
+    gap = Comparison(runs).differences[1][1]
+    test = stats.ttest_rel(runs[1].task["f1"]["items"], runs[0].task["f1"]["items"]).confidence_interval(0.95)
+    assert gap is not None
+    assert (gap.paired, gap.p, gap.items) == (False, None, 100)
+    assert (gap.interval.low, gap.interval.high) == pytest.approx((test.low, test.high))
+
+
+def test_other_items_in_every_run_leave_the_seeds():
+    """Their chance is in the scatter of the seeds; broken and missing values are no reason to fail."""
+    without = Comparison(sweep("input_logits")).differences[1][1]
+    others = with_items(sweep("input_logits"), asked="other in each seed")
+    assert Comparison(others).differences[1][1] == without
+    broken = with_items(sweep("input_logits"))
+    broken[-1].task["f1"]["items"][3] = None
+    assert Comparison(broken).differences[1][1] == without
+    del broken[-1].task["f1"]["items"]
+    assert Comparison(broken).differences[1][1] == without
 
 
 def test_one_seed_makes_no_claim():

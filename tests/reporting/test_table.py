@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfaug.evaluation.statistics import Interval, t_interval
+from selfaug.evaluation.statistics import Interval, over_seeds
 from selfaug.reporting.results import Results, read_results, write_results
 from selfaug.reporting.table import as_markdown, comparison_table, results_table, samples_panel, setting_labels
 
@@ -169,7 +169,7 @@ def test_seeds_are_summarised():
         "**weight=0.5: mean of 3 seeds**",
         "weight=0.0",
     ]
-    expected = t_interval([45.23, 46.23, 43.23])
+    expected = over_seeds([45.23, 46.23, 43.23]).interval()
     assert cells[6][1] == f"{expected.mean:.1f} ±{(expected.high - expected.low) / 2:.1f}"
     assert cells[3][1] == "45.2 ±4.3"
 

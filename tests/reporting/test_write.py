@@ -327,7 +327,7 @@ def test_headline_claims_what_the_test_says(gain, says):
     ours, plain = ([run.task["f1"]["tuned"]["mean"] for run in runs[start : start + 3]] for start in (3, 0))
     assert ("demonstrably" not in says) == (ttest_rel(ours, plain).pvalue < 0.05 and sum(ours) > sum(plain))
     assert headline(found) == (
-        f"{says}position=input_logits forgets least (kept 93.8 ±5.0 % of the base model's benchmark scores, +7.0 "
+        f"{says}position=input_logits forgets least (kept 93.8 ±0.6 % of the base model's benchmark scores, +7.0 "
         "against plain LoRA); position=input_logits drifts least (dialogues KL(base||tuned) 0.131 ±0.013, -0.182 "
         "against plain LoRA)."
     )

@@ -11,10 +11,12 @@ prompt, whose instructions are answered together.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from selfaug.errors import UserError
+from selfaug.evaluation.items import by_item
 from selfaug.evaluation.retention.benchmarks import BENCHMARKS
 from selfaug.evaluation.retention.harness import Scores
 from selfaug.evaluation.statistics import (
@@ -25,6 +27,7 @@ from selfaug.evaluation.statistics import (
     paired_difference,
     paired_ratio,
     paired_weighted_difference,
+    pseudo_values,
     weighted_bootstrap,
     wilson_low,
 )
@@ -37,8 +40,8 @@ _FEW = 5
 
 
 def compare(before: Scores, after: Scores | None, seed: int = 0) -> dict[str, Metric]:
-    """metric -> {base, tuned, difference, retention: Interval, mcnemar_p, at_floor, main}; of the base alone where
-    there is no tuned model."""
+    """metric -> {base, tuned, difference, retention: Interval, mcnemar_p, at_floor, main} and the tuned model's
+    `by_item`; of the base alone where there is no tuned model."""
     benchmark = BENCHMARKS[before.benchmark]
     asked = [[(item.id, item.prompt, item.target) for item in side.items] for side in (before, after) if side]
     if asked[0] != asked[-1]:
@@ -49,6 +52,7 @@ def compare(before: Scores, after: Scores | None, seed: int = 0) -> dict[str, Me
     return {
         metric: {
             **_metric(before.values(metric), None if after is None else after.values(metric), seed),
+            **({} if after is None else by_item(asked[0], pseudo_values(*_by_item(after.values(metric))))),
             "at_floor": at_floor(before, metric),
             "main": metric == benchmark.main,
         }
@@ -65,23 +69,39 @@ def at_floor(scores: Scores, metric: str) -> bool:
     return wilson_low([1.0] * hits + [0.0] * (len(sums) - hits)) <= chance
 
 
-def mean_retention(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> Interval | None:
-    """The mean retention over the benchmarks that are not at their floor, by their main metrics; None if none is."""
-    columns = []
+def mean_retention(pairs: Sequence[tuple[Scores, Scores]], seed: int = 0) -> Metric:
+    """{retention: Interval} and its `by_item`: the mean over the benchmarks that are not at their floor, by their main
+    metrics; empty if all are."""
+    columns, asked = [], []
     for before, after in pairs:
         metric = BENCHMARKS[before.benchmark].main
         if not at_floor(before, metric):
             columns.append((_by_item(before.values(metric))[0], _by_item(after.values(metric))[0]))
-    return mean_of_ratios(columns, seed=seed) if columns else None
+            asked += [(before.benchmark, item.id, item.prompt, item.target) for item in before.items]
+    if not columns:
+        return {}
+    mean = mean_of_ratios(columns, seed=seed)
+    # Of each benchmark the deviations from its own ratio, weighted so that their mean over all items is the mean of
+    # the benchmarks' own means.
+    deviations = []
+    for first, second in columns:
+        values = pseudo_values(second, first)
+        deviations.append((values - values.mean()) * len(asked) / len(columns) / len(values))
+    return {"retention": mean, **by_item(asked, mean.mean + np.concatenate(deviations))}
 
 
-def averages(metrics: Mapping[str, Mapping[str, Sequence[float]]], seed: int = 0) -> dict[str, Metric]:
-    """metric -> {base, tuned, difference} of plain values: {"base": [n], "tuned": [n]} by metric."""
+def averages(
+    metrics: Mapping[str, Mapping[str, Sequence[float]]], asked: Sequence[Any], seed: int = 0
+) -> dict[str, Metric]:
+    """metric -> {base, tuned, difference} and the tuned model's `by_item` of plain values: {"base": [n], "tuned": [n]}
+    by metric. asked: what identifies each of the n."""
     found = {}
     for name, values in metrics.items():
         found[name] = {part: bootstrap(column, seed=seed) for part, column in values.items()}
         if "tuned" in values and "base" in values:
             found[name]["difference"] = paired_difference(values["base"], values["tuned"], seed=seed)
+        if "tuned" in values:
+            found[name] |= by_item(asked, values["tuned"])
     return found
 
 

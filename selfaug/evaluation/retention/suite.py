@@ -170,6 +170,7 @@ class Suite:
                 rows = {side: [style.style(str(item.output)) for item in of.items] for side, of in sides.items()}
                 found.style[name] = averages(
                     {metric: {side: [row[metric] for row in rows[side]] for side in rows} for metric in style.METRICS},
+                    [item.prompt for item in scores.items],
                     seed,
                 )
             found.about[name] = {
@@ -177,8 +178,7 @@ class Suite:
                 "tuned_seconds": after.seconds if after else None,
             }  # fmt: skip
         if tuned is not None:
-            mean = mean_retention([(base[n], tuned[n]) for n in base if n in BENCHMARKS], seed)
-            found.mean = {"retention": mean} if mean else {}
+            found.mean = mean_retention([(base[n], tuned[n]) for n in base if n in BENCHMARKS], seed)
         return found
 
     def drift(

@@ -9,7 +9,7 @@ from scipy import stats
 from selfaug.errors import UserError
 from selfaug.evaluation.retention.compare import at_floor, averages, compare, mean_retention
 from selfaug.evaluation.retention.harness import Item, Scores
-from selfaug.evaluation.statistics import Interval, mcnemar, over_seeds_and_items, paired_ratio, wilson_low
+from selfaug.evaluation.statistics import mcnemar, paired_ratio, wilson_low
 
 
 def scores(values, benchmark="lambada", metric="acc"):
@@ -94,16 +94,28 @@ def test_floor(benchmark, share, floor):
 
 def test_the_mean_leaves_out_what_is_at_its_floor():
     good, bad = (scores(BEFORE), scores(AFTER)), (scores([0.0] * 50), scores([0.0] * 50))
-    mean = mean_retention([good, bad])
-    assert mean is not None
+    mean = mean_retention([good, bad])["retention"]
     assert mean.mean == pytest.approx(0.75)
     assert mean.low < 0.75 < mean.high
     assert mean.n == 1
-    assert mean_retention([bad]) is None
-    both = mean_retention([good, (scores(BEFORE), scores(BEFORE))])
-    assert both is not None
+    assert mean_retention([bad]) == {}
+    both = mean_retention([good, (scores(BEFORE), scores(BEFORE))])["retention"]
     assert both.mean == pytest.approx((0.75 + 1) / 2)
     assert both.high - both.low < mean.high - mean.low
+
+
+def test_items_of_the_mean_have_its_mean_and_its_spread():
+    """Benchmarks of different sizes count alike, as in the bootstrap that draws each by itself."""
+    rng = np.random.default_rng(0)
+    small, large = ((rng.random(n) < 0.7).astype(float) for n in (60, 240))
+    lost = [np.where(rng.random(len(one)) < 0.3, 1 - one, one) for one in (small, large)]
+    found = mean_retention([(scores(one), scores(after)) for one, after in zip((small, large), lost, strict=True)])
+    interval, items = found["retention"], np.array(found["items"])
+    assert items.mean() == pytest.approx(interval.mean)
+    assert 1.96 * items.std(ddof=1) / np.sqrt(300) == pytest.approx((interval.high - interval.low) / 2, rel=0.05)
+    alone = compare(scores(small), scores(lost[0]))["acc"]
+    assert alone["items"] == list(lost[0])
+    assert alone["asked"] != found["asked"]
 
 
 def test_a_ratio_to_a_handful_has_no_interval():
@@ -130,16 +142,9 @@ def test_wilson():
     assert wilson_low([0.0] * 20) == 0
 
 
-def test_seeds_and_items_both_widen_the_interval():
-    runs = [Interval(m, m - 0.03, m + 0.03, 100) for m in (0.50, 0.52, 0.54)]
-    both = over_seeds_and_items(runs)
-    seeds = stats.t.ppf(0.975, 2) * np.std([0.50, 0.52, 0.54], ddof=1) / np.sqrt(3)
-    assert both.mean == pytest.approx(0.52)
-    assert both.high - both.mean == pytest.approx(math.hypot(seeds, 0.03))
-    assert both.n == 3
-
-
 def test_averages():
-    found = averages({"words": {"base": [10.0, 20.0], "tuned": [5.0, 5.0]}, "empty": {"base": [0.0, 0.0]}})
+    given = {"words": {"base": [10.0, 20.0], "tuned": [5.0, 5.0]}, "empty": {"base": [0.0, 0.0]}}
+    found = averages(given, ["why", "how"])
     assert found["words"]["difference"].mean == -10
+    assert found["words"]["items"] == [5.0, 5.0]
     assert set(found["empty"]) == {"base"}
