@@ -1,11 +1,13 @@
 """Where results lie: run directories, folders of them, sweeps."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from selfaug.errors import UserError
+from selfaug.reporting.labels import row_labels
 from selfaug.reporting.results import Results, read_results
 
 
@@ -27,7 +29,8 @@ class Found:
 
 
 def read_places(places: Sequence[str | Path]) -> Found:
-    """All results at or below the places, each once, in order; of a sweep directory those of its jobs.
+    """All results at or below the places, each once; of a sweep directory those of its jobs, in their order. Without a
+    sweep the names of the runs, which end in a hash, say nothing: the order is that of what tells them apart.
 
     Raises UserError where a place holds neither results nor failed jobs, and for results that cannot be read.
     """
@@ -42,7 +45,17 @@ def read_places(places: Sequence[str | Path]) -> Found:
             if file.resolve() not in seen:
                 seen.add(file.resolve())
                 found.results.append(read_results(file))
+    if not any(is_sweep(Path(place)) for place in places):
+        labels = row_labels([run.config for run in found.results])
+        order = sorted(range(len(labels)), key=lambda i: (_natural(labels[i]), found.results[i].seed))
+        found.results = [found.results[i] for i in order]
     return found
+
+
+def _natural(label: str) -> list[tuple[float, str]]:
+    """A key by which alpha=0.5 comes before alpha=10."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", label)
+    return [(float(part), "") if index % 2 else (-1.0, part) for index, part in enumerate(parts)]
 
 
 def is_sweep(place: Path) -> bool:

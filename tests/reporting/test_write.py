@@ -253,6 +253,17 @@ def test_a_sweep_that_was_moved(tmp_path):
     assert found.sweep == moved
 
 
+def test_runs_without_a_sweep_are_ordered_by_their_settings(tmp_path):
+    alphas = [10.0, 2.0, 0.5, 0.05]
+    for seed in (2, 1):
+        for number, alpha in enumerate(alphas):  # as names that end in a hash fall
+            write_results(tmp_path / f"run-{seed}{number}" / "results.json", made_up(alpha=alpha, seed=seed))
+    found = read_places([tmp_path])
+    assert [(run.config["method"]["terms"]["kl"]["alpha"], run.seed) for run in found.results] == [
+        (alpha, seed) for alpha in sorted(alphas) for seed in (1, 2)
+    ]
+
+
 def test_a_sweep_in_which_everything_failed(tmp_path):
     runs = ablation()[:2]
     sweep = sweep_of(tmp_path, runs, {run.name: "No." for run in runs})
