@@ -258,6 +258,12 @@ def test_every_row_of_every_experiment_is_a_run(name: str, size: str):
             assert config.run_name.endswith(config_hash(config))
 
 
+def test_a_size_and_no_evaluation_contradict_each_other():
+    with pytest.raises(UserError, match=r"^evaluation=none is contradicted by size.* to null instead\.$"):
+        build.check(composed("size=lab", "evaluation=none"))
+    build.check(composed("evaluation=none"))
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_plain_lora_beside_it(name: str):
     params = swept(name, *NEEDED.get(("experiment", name), ()))

@@ -147,7 +147,9 @@ def drift_on_answers(
     with tqdm(total=len(documents), desc="drift on own answers", unit=" answers", disable=not progress) as bar:
         sums = _document_sums(pair, documents, _POSITION["dialogue"], config.tokens_per_batch, bar)
     # Two models are compared prompt by prompt: each answers in its own words.
-    return _metrics(sums, config.seed, [prompt for _, prompt in measured])
+    metrics = _metrics(sums, config.seed, [prompt for _, prompt in measured])
+    # No perplexity: of an answer that was cut off nobody has written the token that ends it here.
+    return {name: metrics[name] for name in ("kl_base_tuned", "kl_tuned_base")}
 
 
 # ---- corpora -------------------------------------------------------------------------------------

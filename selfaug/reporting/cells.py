@@ -22,29 +22,33 @@ class Quantity:
         value *= self.scale
         plus = "+" if sign else ""
         if self.digits is not None:
-            return f"{value:{plus},.{self.digits}f}"
+            return f"{value:{plus}z,.{self.digits}f}"
         small = value != 0 and abs(value) < 0.001
-        return f"{value:{plus}.1e}" if small else f"{value:{plus}.{decimals(value)}f}"
+        return f"{value:{plus}.1e}" if small else f"{value:{plus}z.{decimals(value)}f}"
 
-    def cell(self, interval: Interval | None, sign: bool = False) -> str:
+    def cell(self, interval: Interval | None, sign: bool = False, comma: str = ",") -> str:
         """`45.3 [42.1,48.5]`: no space inside the brackets, so that a narrow column breaks before them."""
         if interval is None or math.isnan(interval.mean):
             return NOTHING
         text = self.number(interval.mean, sign)
         if math.isnan(interval.low) or math.isnan(interval.high):
             return text
-        return f"{text} [{self.number(interval.low, sign)},{self.number(interval.high, sign)}]"
+        return f"{text} [{self.number(interval.low, sign)}{comma}{self.number(interval.high, sign)}]"
 
     def short(self, interval: Interval | None) -> str:
-        """`45.3 ±3.2`: at most three decimals, and half the interval's width to the same decimals."""
+        """`45.3 ±3.2`: three decimals, or as many more, up to three significant digits, as half the interval's width
+        needs to be seen; that to the same decimals."""
         if interval is None or math.isnan(interval.mean):
             return NOTHING
         value, half = interval.mean * self.scale, (interval.high - interval.low) / 2 * self.scale
         if value and abs(value) < 0.001 and self.digits is None:
             text, spread = f"{value:.1e}", f"{half:.0e}"
         else:
-            digits = min(3, decimals(value)) if self.digits is None else self.digits
-            text, spread = f"{value:,.{digits}f}", f"{half:,.{digits}f}"
+            digits = self.digits
+            if digits is None:
+                seen = decimals(half) - 2 if half > 0 else 0
+                digits = min(decimals(value), max(3, seen))
+            text, spread = f"{value:z,.{digits}f}", f"{half:,.{digits}f}"
         return text if math.isnan(half) else f"{text} ±{spread}"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from selfaug.evaluation.statistics import Estimate, Interval, over_seeds, over_seeds_and_items
 from selfaug.reporting.cells import clean
-from selfaug.reporting.labels import adapter_kind, baseline_key, is_plain, row_key, row_labels
+from selfaug.reporting.labels import baseline_key, is_plain, row_key, row_labels, trained_otherwise
 from selfaug.reporting.measures import Measure, main_drift, main_retention, main_task, measures
 from selfaug.reporting.results import Results
 
@@ -56,6 +56,7 @@ class Difference:
     items: int = 0
     p: float | None = None
     standard_errors: float | None = None
+    p_items: float | None = None  # of one seed: for other items
 
     @property
     def telling(self) -> bool:
@@ -86,7 +87,7 @@ def rows_of(results: Sequence[Results]) -> list[Row]:
             if row.baseline is None and len(plain) == 1:
                 # Full fine-tuning has no plain LoRA of its own settings; where there is one only, it is meant.
                 (only,) = plain.values()
-                if adapter_kind(config) != adapter_kind(results[only.members[0]].config):
+                if trained_otherwise(config, results[only.members[0]].config):
                     row.baseline = only
     return rows
 
@@ -115,8 +116,9 @@ def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
     deltas: dict[int, float] = {}
     for seed in seeds:
         a, b = measure.tuned(row.runs[seed]), measure.tuned(other.runs[seed])
-        if a is not None and b is not None and not math.isnan(a.mean - b.mean):
-            deltas[seed] = a.mean - b.mean
+        if a is None or b is None or math.isnan(a.mean - b.mean):
+            return None  # the other seeds alone would be a choice of those that went well
+        deltas[seed] = a.mean - b.mean
     both = _items([runs[seed] for runs in (row.runs, other.runs) for seed in deltas], measure) if deltas else None
     gaps = None if both is None else both[: len(deltas)] - both[len(deltas) :]
     items = 0 if gaps is None else gaps.shape[1]
@@ -124,7 +126,7 @@ def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
     if len(deltas) > 1 or (gaps is not None and alone):
         found = estimate(list(deltas.values()), gaps)
         if alone:
-            return Difference(found.interval(), False, 1, items)
+            return Difference(found.interval(), False, 1, items, p_items=found.p)
         return Difference(found.interval(), True, len(deltas), items, found.p, found.standard_errors)
     if not seeds and max(len(row.runs), len(other.runs)) > 1:
         return None
@@ -145,9 +147,11 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def adjusted_p(gaps: Sequence[Difference | None]) -> list[float | None]:
-    """p of each difference after Holm's correction for their number; None where there is no test."""
-    tested = {index: gap.p for index, gap in enumerate(gaps) if gap is not None and gap.p is not None}
+def adjusted_p(gaps: Sequence[Difference | None], one_seed: bool = False) -> list[float | None]:
+    """p of each difference after Holm's correction for their number; None where there is no test. one_seed: of the test
+    for other items, which is all that one seed allows."""
+    found = [None if gap is None else gap.p_items if one_seed else gap.p for gap in gaps]
+    tested = {index: p for index, p in enumerate(found) if p is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return [adjusted.get(index) for index in range(len(gaps))]
 
@@ -202,7 +206,7 @@ class Comparison:
     def base(self) -> list[Interval | None] | None:
         """[measure] of the base model; None where the runs have different ones: no one row could stand for them."""
         runs = [run for row in self.rows for run in row.runs.values()]
-        seen = {tuple(one.quantity.short(one.base(run)) for one in self.measures) for run in runs}
+        seen = {base_means(run, self.measures) for run in runs}
         return [one.base(runs[0]) for one in self.measures] if len(seen) == 1 else None
 
     @cached_property
@@ -234,6 +238,11 @@ class Comparison:
             if math.isfinite(score.mean) and math.isfinite(value.mean):
                 points[index] = (self.task.better * score.mean, kept.better * value.mean)
         return [i for i, p in points.items() if not any(_beats(q, p) for q in points.values())]
+
+
+def base_means(run: Results, of: Sequence[Measure]) -> tuple[str, ...]:
+    """What the base model has scored beside a run, as it is printed: equal for runs on the same model and data."""
+    return tuple(one.quantity.number(base.mean) if (base := one.base(run)) else "" for one in of)
 
 
 def mark(gap: Difference | None, adjusted: float | None) -> str:

@@ -67,9 +67,15 @@ def baseline_key(config: dict[str, Any]) -> str:
     return _key({k: v for k, v in settings(config).items() if not k.startswith("reference.")}, method=False)
 
 
-def adapter_kind(config: dict[str, Any]) -> str:
-    """What kind of adapter trains, or that none does."""
-    return str((config.get("adapter") or {}).get("_target_"))
+def trained_otherwise(config: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """Whether a run trains another kind of adapter, or none, than a plain one on the same model and data; its learning
+    rate is then its own too."""
+    kinds = {str((one.get("adapter") or {}).get("_target_")) for one in (config, plain)}
+    rest = [
+        {k: v for k, v in settings(one).items() if not k.startswith(("reference.", "adapter.", "optimizer."))}
+        for one in (config, plain)
+    ]
+    return len(kinds) == 2 and _key(rest[0], method=False) == _key(rest[1], method=False)
 
 
 def _key(flat: dict[str, Any], method: bool) -> str:

@@ -89,7 +89,7 @@ def _difference(found: Comparison, row: int, column: int) -> str:
     gap = found.differences[row][column]
     if gap is None:
         return ""
-    text = escaped(found.measures[column].quantity.cell(gap.interval, sign=True)).replace(",", ", ")
+    text = escaped(found.measures[column].quantity.cell(gap.interval, sign=True, comma=", "))
     mark = found.marks[row][column]
     return r"{\scriptsize " + text + (f"$^{{{mark}}}$" if mark else "") + "}"
 

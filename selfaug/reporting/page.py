@@ -192,7 +192,7 @@ def _gap(measure: Measure, gap: Difference | None, mark: str) -> str:
         said += f"; p {p_value(gap.p)}"
     if gap.standard_errors is not None:
         said += f"; {abs(gap.standard_errors):.1f} standard errors"
-    text = measure.quantity.cell(gap.interval, sign=True).replace(",", ", ")
+    text = measure.quantity.cell(gap.interval, sign=True, comma=", ")
     return f'<span class="gap{tone}" title="{escape(said)}">{escape(text)}{mark}</span>'
 
 

@@ -182,7 +182,8 @@ def mask_secrets(config: Any) -> Any:
     """A copy with the values of secret keys replaced by "***".
 
     Secret is what is called secret, password, credential, api_key, access_key or private_key, and every *text* that
-    is called token: `hf_token` is one, `max_tokens: 4096`, `tokenizer` and `pad_token` are settings a reader needs.
+    is called token: `hf_token` is one, `max_tokens: 4096`, `tokens: input`, `tokenizer` and `pad_token` are settings a
+    reader needs.
     Command line overrides kept as strings ("logger.api_key=abc") are masked too.
     """
     return _masked(config, "", secret=False, token=False)
@@ -209,6 +210,8 @@ def _masked(value: Any, key: str, *, secret: bool, token: bool) -> Any:
 
 def _names_a_token(key: str) -> bool:
     words = [word.lower() for word in _WORDS.findall(key)]
+    if words == ["tokens"]:  # those at which hidden states are aligned
+        return False
     return any(word.endswith(("token", "tokens")) for word in words) and not _SPECIAL_TOKENS.intersection(words)
 
 

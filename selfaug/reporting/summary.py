@@ -64,7 +64,7 @@ def findings(found: Comparison) -> list[str]:
             verb = "beats" if best in _beating(found, measure) else "is not told apart from"
             sentences.append(f"{name}, {label} {verb} plain LoRA: {said(measure, gain)}.")
         others = [row for row in found.rows if row is not found.rows[best]]
-        apart = _apart([difference(found.rows[best], row, measure) for row in others])
+        apart = _apart([difference(found.rows[best], row, measure) for row in others], _one_seed(found))
         # What has been said of plain LoRA already is not said twice.
         alike = [row.label for row, told in zip(others, apart, strict=True) if not told and not (gain and row.plain)]
         if alike:
@@ -123,24 +123,23 @@ def _best(found: Comparison, measure: Measure | None) -> int | None:
 
 
 def _beating(found: Comparison, measure: Measure) -> list[int]:
-    """The rows that are better than their plain LoRA, the best first: by the test, corrected for the rows of the
-    column, or, where every row is one seed, which is then said, by an interval that leaves 0 out."""
-    column, one_seed = found.measures.index(measure), _one_seed(found)
+    """The rows that are better than their plain LoRA, the best first."""
+    column = found.measures.index(measure)
+    gaps = [gaps[column] for gaps in found.differences]
     better: list[tuple[float, int]] = []
-    for row, gaps in enumerate(found.differences):
-        gap, p, value = gaps[column], found.adjusted[row][column], found.values[row][column]
-        if gap is None or value is None or gap.interval.mean * measure.better <= 0:
-            continue
-        if gap.telling if one_seed else p is not None and p < SIGNIFICANT:
+    for row, (gap, apart) in enumerate(zip(gaps, _apart(gaps, _one_seed(found)), strict=True)):
+        value = found.values[row][column]
+        if apart and gap is not None and value is not None and gap.interval.mean * measure.better > 0:
             better.append((-measure.better * value.mean, row))
     return [row for _, row in sorted(better)]
 
 
-def _apart(gaps: Sequence[Difference | None]) -> list[bool]:
-    """Which differences are none by chance, by the test with Holm's correction for their number."""
+def _apart(gaps: Sequence[Difference | None], one_seed: bool) -> list[bool]:
+    """Which differences are none by chance, by the test with Holm's correction for their number. Where every row is one
+    seed, which is then said, for other items; of results without items by an interval that leaves 0 out."""
     return [
-        p < SIGNIFICANT if p is not None else gap is not None and gap.telling
-        for gap, p in zip(gaps, adjusted_p(gaps), strict=True)
+        p < SIGNIFICANT if p is not None else one_seed and gap is not None and gap.telling
+        for gap, p in zip(gaps, adjusted_p(gaps, one_seed), strict=True)
     ]
 
 

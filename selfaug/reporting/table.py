@@ -14,8 +14,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from selfaug.reporting.cells import NOTHING, Quantity, clean, interval_of
-from selfaug.reporting.compare import rows_of
+from selfaug.reporting.cells import Quantity, clean, interval_of
+from selfaug.reporting.compare import base_means, rows_of
 from selfaug.reporting.labels import setting_labels
 from selfaug.reporting.measures import DRIFT, TASK, Measure, measures
 from selfaug.reporting.results import Results
@@ -117,9 +117,9 @@ def literal(cell: str) -> str:
 
 
 _COMPARISON_NOTE = (
-    "± is half a 95% interval: over questions or documents in the row of a run, over seeds (Student t; of general "
-    "benchmarks over their items too) in a row of means. kept: tuned / base, averaged over the benchmarks that are "
-    "above chance. KL in nats per token; ppl ratio: perplexity of the tuned model / of the base."
+    "± is half a 95% interval: over questions, documents or prompts in the row of a run, over seeds and these in a "
+    "row of means. kept: tuned / base, averaged over the benchmarks that are above chance. KL in nats per token; ppl "
+    "ratio: perplexity of the tuned model / of the base."
 )
 
 
@@ -141,10 +141,10 @@ def _comparison(results: Sequence[Results], most: int | None = None) -> tuple[li
         columns = [one for one in columns if not one.key.endswith(_LEFT_OUT)]
     lines: list[_Line] = []
     finished = [run for run in results if run.status == "finished"]
-    bases = {tuple(one.quantity.short(one.base(run)) for one in columns) for run in finished}
+    bases = {base_means(run, columns) for run in finished}
     # Runs on different models or data have different bases: no one line could stand for them.
-    if len(bases) == 1 and any(cell != NOTHING for cell in next(iter(bases))):
-        lines.append(_Line(["base", *bases.pop()]))
+    if len(bases) == 1 and any(bases.pop()):
+        lines.append(_Line(["base", *(one.quantity.short(one.base(finished[0])) for one in columns)]))
     for row in rows_of(results):
         for index in row.members:
             run = results[index]

@@ -108,6 +108,11 @@ _MAY_BE_NULL = ("adapter.r", "data.limit_train", "data.micro_batch_size", "data.
 
 def check(config: DictConfig) -> None:
     """Refuse what can be refused at once, before data and model are loaded."""
+    if config.evaluation.get("rag") and "tokens_per_batch" not in config.evaluation:
+        raise UserError(
+            "evaluation=none is contradicted by size, which says how much is measured: leave size out, or set "
+            "evaluation.rag, evaluation.drift, evaluation.retention and evaluation.style to null instead."
+        )
     for name, least, most in (
         ("seed", 0, 2**32 - 1),
         ("trainer.max_epochs", 1, None),

@@ -135,8 +135,30 @@ def test_kl_per_token_weighs_by_tokens():
     # One long document at 1 nat per token, one short at 3: not the mean of the two means.
     assert weighted_bootstrap([90.0, 30.0], [90, 10]).mean == pytest.approx(1.2)
     assert weighted_bootstrap([90.0, 30.0], [90, 10]).n == 2
-    equal = weighted_bootstrap([1.0, 2.0, 4.0, 8.0], [1] * 4)
-    assert equal == bootstrap([1.0, 2.0, 4.0, 8.0])
+    equal = weighted_bootstrap([1.0, 2.0, 4.0, 8.0] * 8, [1] * 32)
+    assert equal == bootstrap([1.0, 2.0, 4.0, 8.0] * 8)
+
+
+def test_a_handful_of_documents_has_students_interval():
+    values = [0.2, 0.1, 0.4, 0.3, 0.15]
+    ours, theirs = weighted_bootstrap(values, [1] * 5), stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (ours.low, ours.high) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
+    generator = np.random.default_rng(0)
+    weights = generator.integers(50, 256, 8).astype(float)
+    sums = weights * generator.gamma(4, 0.005, 8)
+    ratio, spread = weighted_bootstrap(sums, weights), pseudo_values(sums, weights)
+    assert (ratio.high - ratio.mean) == pytest.approx(stats.t.ppf(0.975, 7) * stats.sem(spread), rel=0.1)
+
+
+def test_coverage_of_eight_documents():
+    """Of documents of unequal length and unequal KL; the percentile bootstrap would hold 0.87."""
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1500):
+        weights = generator.integers(100, 256, 8).astype(float)
+        interval = weighted_bootstrap(weights * generator.gamma(9, 0.002, 8), weights)
+        covered += interval.low <= 0.018 <= interval.high
+    assert 0.93 <= covered / 1500 <= 0.97
 
 
 def test_documents_without_tokens_do_not_count():

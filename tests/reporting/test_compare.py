@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.report import made_up
+from benchmarks.report import POSITIONS, made_up
 from selfaug.evaluation.statistics import over_seeds_and_items
 from selfaug.reporting.compare import Comparison, difference, holm, rows_of
 from selfaug.reporting.correlation import rank_correlation, within_runs
 from selfaug.reporting.results import Results
+from selfaug.reporting.summary import findings, headline
+from selfaug.reporting.table import as_markdown
 
 SEEDS = (1, 2, 3)
 
@@ -124,6 +126,41 @@ def test_one_seed_is_paired_by_item_and_still_makes_no_claim():
     assert (gap.interval.low, gap.interval.high) == pytest.approx((test.low, test.high))
 
 
+def test_one_seed_is_told_apart_by_items_and_corrected_for_the_number_of_rows():
+    """p of 0.02 over the items holds alone, not among six rows."""
+    runs = [made_up(plain=True, seed=1), *(made_up(position, seed=1) for position in POSITIONS[:6])]
+    noise = np.random.default_rng(0).normal(0, 0.1, 100)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    runs[0].task["f1"] |= {"items": [0.4] * 100, "asked": "same"}
+    runs[0].task["f1"]["tuned"]["mean"] = 0.4
+    t = stats.t.isf(0.01, 99)
+    for number, run in enumerate(runs[1:]):
+        gain = t / 10 if number == 0 else 0.0
+        run.task["f1"] |= {"items": list(0.4 + gain + np.roll(noise, number)), "asked": "same"}
+        run.task["f1"]["tuned"]["mean"] = 0.4 + gain
+    alone, among = Comparison(runs[:2]), Comparison(runs)
+    for found in (alone, among):
+        gap = found.differences[1][column(found, "task/f1")]
+        assert gap is not None
+        assert (gap.p, gap.p_items) == (None, pytest.approx(0.02))
+        assert set(itertools.chain(*found.marks)) == {""}
+    assert "answers best" in headline(alone)
+    assert "No row answers demonstrably better" in headline(among)
+    assert "nothing here speaks about other seeds" in " ".join(findings(among))
+
+
+def test_rows_of_unequal_seeds_are_not_told_apart_without_a_test():
+    """One seed in common is no test, however far apart their numbers are."""
+    runs = [made_up(plain=True, seed=seed) for seed in SEEDS] + [made_up(seed=1, gain=0.3)]
+    found = Comparison(runs)
+    gap = found.differences[1][column(found, "task/f1")]
+    assert gap is not None
+    assert gap.interval.low > 0
+    assert gap.p is None
+    assert "No row answers demonstrably better" in headline(found)
+    assert "is not told apart from plain LoRA" in " ".join(findings(found))
+
+
 def test_other_items_in_every_run_leave_the_seeds():
     """Their chance is in the scatter of the seeds; broken and missing values are no reason to fail."""
     without = Comparison(sweep("input_logits")).differences[1][1]
@@ -186,6 +223,25 @@ def test_a_row_without_all_seeds_has_no_mean():
     assert found.value(1, found.task) is not None
 
 
+def test_a_seed_that_diverged_leaves_no_difference():
+    """Neither the mean nor the difference may be that of the seeds that went well."""
+    runs = sweep("input_logits", "output_logits")
+    runs[-1].task["f1"]["tuned"] = {"mean": None, "low": None, "high": None, "n": 100}
+    found = Comparison(runs)
+    f1 = column(found, "task/f1")
+    assert found.differences[1][f1] is not None
+    assert found.differences[2][f1] is None
+    assert found.marks[2][f1] == ""
+
+
+def test_full_fine_tuning_has_no_plain_lora_of_other_data():
+    full = made_up(plain=True, seed=1)
+    full.config["method"] = {"name": "sft", "terms": {}}
+    full.config["adapter"] = {"_target_": "selfaug.model.full.FullFineTuning", "train": "all"}
+    full.config["data"] = {**full.config["data"], "name": "crag"}
+    assert [row.baseline for row in rows_of([made_up(plain=True, seed=1), full])] == [None, None]
+
+
 def test_no_baseline_of_other_settings():
     other = made_up("input_logits", seed=1)
     other.config["adapter"]["r"] = 64
@@ -198,6 +254,11 @@ def test_different_base_models_have_no_common_row():
     other.task["f1"]["base"]["mean"] = 0.5
     assert Comparison([made_up(plain=True)]).base is not None
     assert Comparison([made_up(plain=True), other]).base is None
+    # Drawn by the seed of its run, an interval of the same scores may be another.
+    same = made_up("input_logits")
+    same.task["f1"]["base"] |= {"low": 0.0713, "high": 0.1512}
+    assert Comparison([made_up(plain=True), same]).base is not None
+    assert "| base |" in as_markdown([made_up(plain=True), same])
 
 
 def test_holm_by_its_definition():

@@ -156,7 +156,13 @@ def test_secrets(path):
         "hub": {"token": "hf_1", "HfToken": "hf_2", "auth_tokens": ["t1", "t2"], "use_token": True},
         "db": [{"password": 1234, "clientSecret": {"a": "s"}, "credentials": "cred-1", "secret": None}],
         "overrides": ["logger.wandb.api_key=k3", "+hub.token=hf_3", "data.max_tokens=512", "model.tokenizer=x"],
-        "data": {"max_tokens": 512, "tokens": 9, "tokenizer": "a/b", "pad_token": "<pad>", "eos_token_id": 3},
+        "data": {
+            "max_tokens": 512,
+            "tokens": "input,output",
+            "tokenizer": "a/b",
+            "pad_token": "<pad>",
+            "eos_token_id": 3,
+        },
     }
     write_results(path, make(config=config))
     text = path.read_text()

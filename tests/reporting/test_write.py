@@ -171,9 +171,9 @@ def test_hostile_text_stays_text(hostile):
     assert len(page.all("script")) == 2
     assert page.text.count("window.hacked = 1") >= 8
     data = json.loads(page.data)
-    sample = data["runs"][-1]["samples"][0]
+    (sample,) = (run["samples"][0] for run in data["runs"] if SCRIPT in run["samples"][0]["question"])
     assert sample["tuned"] == ALL.replace("\ud800", "?")
-    assert SCRIPT in data["examples"][-1]["tokens"]
+    assert any(SCRIPT in example["tokens"] for example in data["examples"])
 
 
 def test_json_in_a_script_element():

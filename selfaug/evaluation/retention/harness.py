@@ -76,6 +76,8 @@ def about(name: str, config: RetentionConfig, template: str | None, tokenizer: A
         "shots": settings.shots,  # None: the task's own
         "chat": chat,
         "chat_template": template if chat else None,
+        # Where there is no chat, answers end at its end of turn all the same.
+        **({"end_of_turn": template} if benchmark.generates and not chat and template else {}),
         "max_new_tokens": limit(benchmark, settings, config) if benchmark.generates else None,
         "decoding": "greedy" if benchmark.generates else "log-likelihood",
         "data": config.data,
