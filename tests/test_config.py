@@ -258,10 +258,22 @@ def test_every_row_of_every_experiment_is_a_run(name: str, size: str):
             assert config.run_name.endswith(config_hash(config))
 
 
-def test_a_size_and_no_evaluation_contradict_each_other():
-    with pytest.raises(UserError, match=r"^evaluation=none is contradicted by size.* to null instead\.$"):
-        build.check(composed("size=lab", "evaluation=none"))
-    build.check(composed("evaluation=none"))
+@pytest.mark.parametrize("size", ["size=lab", "size=paper", "experiment=ablation_alpha"])
+def test_what_is_measured_is_up_to_the_command_line(size: str):
+    more = ["data.path=crag.jsonl.bz2"] * (size == "size=paper")
+    assert composed(size, "evaluation=standard", *more).evaluation.retention.benchmarks.ifeval is not None
+    none = composed(size, "evaluation=none", *more)
+    assert set(none.evaluation.values()) == {None}
+    build.check(none)
+
+
+def test_nothing_and_something_to_measure_contradict_each_other():
+    with pytest.raises(UserError, match=r"^evaluation=none does not go with .* debug=smoke .* out\.$"):
+        build.check(composed("evaluation=none", "debug=smoke"))
+
+
+def test_smoke_leaves_no_benchmark():
+    assert not any(composed("evaluation=standard", "debug=smoke").evaluation.retention.benchmarks.values())
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -110,8 +110,8 @@ def check(config: DictConfig) -> None:
     """Refuse what can be refused at once, before data and model are loaded."""
     if config.evaluation.get("rag") and "tokens_per_batch" not in config.evaluation:
         raise UserError(
-            "evaluation=none is contradicted by size, which says how much is measured: leave size out, or set "
-            "evaluation.rag, evaluation.drift, evaluation.retention and evaluation.style to null instead."
+            "evaluation=none does not go with settings of evaluation.rag, of which debug=smoke has some: leave one of "
+            "the two out."
         )
     for name, least, most in (
         ("seed", 0, 2**32 - 1),
