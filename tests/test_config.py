@@ -289,6 +289,13 @@ def test_the_positions_are_all_there():
     assert {*swept("ablation_position")["alignment"]} == (wanted | {"input_logits"}) - {"hidden_states"}
 
 
+def test_the_probe_that_alpha_follows_is_part_of_the_name():
+    often, probe = "callbacks.retention_probe.every_n_steps=5", "callbacks=retention_probe"
+    assert config_hash(composed(probe, often)) == config_hash(composed())
+    drift = ["alignment/schedule=kl_target", "alignment.schedule.signal=drift", probe]
+    assert config_hash(composed(*drift, often)) != config_hash(composed(*drift))
+
+
 def test_hash_survives_saving(tmp_path: Path):
     config = composed("alignment.alpha=0.3", "tags=[a]")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))

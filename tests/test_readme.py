@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from tests.tiny import VOCAB, tiny_model
+from tests.tiny import TOKENIZER_VOCAB, VOCAB, save_tiny, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 def blocks_under_test() -> list[str]:
     blocks = re.findall(r"<!-- tested: [^>]*-->\n```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     return blocks
 
 
@@ -25,9 +25,26 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
+def test_answering_with_a_shipped_adapter(tmp_path, capsys):
+    save_tiny(tmp_path / "base")
+    tiny_model("llama", vocab_size=TOKENIZER_VOCAB, lora=True).save_pretrained(tmp_path / "adapter")
+    block = blocks_under_test()[0]
+    for placeholder, place in (("asset:smollm2-135m-instruct", "base"), ("runs/<run>/adapter", "adapter")):
+        assert block.count(placeholder) == 1
+        block = block.replace(placeholder, str(tmp_path / place))
+    names: dict = {}
+    exec(block, names)
+    assert 0 < len(names["answer"]) <= 24
+    asked = names["tokenizer"].decode(names["prompt"][0])
+    assert "Emma is a novel by Jane Austen" in asked
+    assert "Who wrote Emma?" in asked
+    assert asked.rstrip().endswith("assistant")
+    assert capsys.readouterr().out
+
+
 def test_plain_loop():
     names = {"model": tiny_model("llama", lora=True), **batch()}
-    exec(blocks_under_test()[0], names)
+    exec(blocks_under_test()[1], names)
     out = names["out"]
     assert out.rows == 16
     assert torch.isclose(out.loss, out.nll + 0.5 * out.kl)
@@ -36,7 +53,7 @@ def test_plain_loop():
 
 def test_transformers_trainer(tmp_path):
     names: dict = {}
-    exec(blocks_under_test()[1], names)
+    exec(blocks_under_test()[2], names)
     model = tiny_model("llama", lora=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     arguments = TrainingArguments(
@@ -52,7 +69,7 @@ def test_transformers_trainer(tmp_path):
 
 def test_transformers_trainer_accumulates_as_one_batch(tmp_path):
     names: dict = {}
-    exec(blocks_under_test()[1], names)
+    exec(blocks_under_test()[2], names)
     rows = [{key: value[i] for key, value in batch().items()} for i in range(2)]
     weights = []
     for size, steps in ((2, 1), (1, 2)):

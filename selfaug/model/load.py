@@ -132,7 +132,7 @@ def load_adapter(base: nn.Module, directory: str | Path) -> PeftModel:
     for file in ("adapter_config.json", "adapter_model.safetensors"):  # peft would also unpickle adapter_model.bin
         if not (Path(directory) / file).is_file():
             raise UserError(
-                f"{directory} holds no PEFT adapter ({file}): set adapter_path to an adapter saved as safetensors."
+                f"{directory} holds no PEFT adapter ({file}): set target to an adapter saved as safetensors."
             )
     model = PeftModel.from_pretrained(base, str(directory))
     if _in_float32(model):  # its values have been rounded on their way in

@@ -12,8 +12,8 @@ from selfaug.reporting.labels import constant, is_plain, position_of
 
 SOURCE = "SelfAug, arXiv 2509.03934"
 CAUTION = (
-    "As printed in the paper: another model and other data than ours, each number the best of five runs, without a "
-    "spread; compare orders of rows, not values."
+    "As printed in the paper: another model, other data and another judge (GPT-4o; ours matches words), each number "
+    "the best of five runs, without a spread; compare orders of rows, not values."
 )
 
 

@@ -1,7 +1,7 @@
 """table.md, and the published rows that every table shows beside ours."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from selfaug.reporting.cells import clean
 from selfaug.reporting.compare import Comparison
@@ -23,12 +23,15 @@ def published_lines(found: Comparison) -> list[PublishedLine]:
     """The paper's rows for ours, each once and only where one of our columns has a number of it."""
     configs = [next(iter(row.runs.values())).config for row in found.rows]
     keys = {one.key for one in found.measures}
+    if any(str((config.get("data") or {}).get("name")) != "crag" for config in configs):
+        keys -= {"task/crag_score"}  # a score on other questions
     lines: dict[str, PublishedLine] = {}
     matched = [one for one in published_for(configs) if one is not None] if configs else []
     for one in [published_base(configs), *matched] if matched else []:
         if one is not None and keys & one.scores.keys():
             label = f"{one.row} ({one.table})"
-            lines.setdefault(label, PublishedLine(label, one))
+            scores = {key: score for key, score in one.scores.items() if key in keys}
+            lines.setdefault(label, PublishedLine(label, replace(one, scores=scores)))
     return list(lines.values())
 
 

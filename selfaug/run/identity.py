@@ -49,6 +49,8 @@ def config_hash(config: DictConfig) -> str:
         # The cache computes each example alone, which rounds differently: a run is cached from its first to its last
         # step, or never. Where it is kept makes no difference.
         relevant["reference"] = "cached"
+    if _follows_drift(relevant.get("method") or {}):  # alpha then depends on when and on what the probe measures
+        relevant["probe"] = OmegaConf.to_container(config.callbacks, resolve=True).get("retention_probe")
     data: Any = relevant.get("data") or {}
     # Without a mixture the batch counts the same examples either way.
     unused = _IRRELEVANT_DATA if data.get("mixture") else _IRRELEVANT_DATA | {"mixture", "batch_counts"}
@@ -56,6 +58,11 @@ def config_hash(config: DictConfig) -> str:
         unused |= {"rewrite"}
     relevant["data"] = {k: v for k, v in data.items() if k not in unused}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def _follows_drift(method: dict[str, Any]) -> bool:
+    terms = [term for term in (method.get("terms") or {}).values() if term]
+    return any((term.get("schedule") or {}).get("signal") == "drift" for term in terms)
 
 
 def caches_reference(config: DictConfig) -> bool:

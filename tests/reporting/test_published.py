@@ -96,6 +96,17 @@ def test_beside_ours_and_marked():
     assert 0.488 not in [value.mean for line in found.values for value in line if value]
 
 
+def test_scores_on_crag_do_not_stand_beside_scores_on_other_questions():
+    for name, shown in (("crag", True), ("squad", False)):
+        runs = [made_up(plain=True), made_up("input_logits")]
+        for run in runs:
+            run.config["data"]["name"] = name
+        lines = published_lines(Comparison(runs))
+        assert {"task/crag_score" in line.published.scores for line in lines} == {shown}
+        assert all(IFEVAL in line.published.scores for line in lines)
+        assert ("*8.76*" in markdown_report(Comparison(runs))) == shown
+
+
 def test_not_where_no_column_is_shared():
     runs = [made_up(plain=True), made_up("input_logits")]
     for run in runs:
