@@ -89,8 +89,9 @@ def with_settings_of_run(config: DictConfig, choices: Sequence[str], overrides: 
     assert isinstance(theirs, DictConfig)
     merged = config.copy()
     with open_dict(merged):
+        given = {override.lstrip("+").partition("=")[0] for override in overrides}
         for key in _OF_THE_RUN:
-            if key in theirs and key not in choices:
+            if key in theirs and key not in choices and not (key == "seed" and key in given):
                 merged[key] = theirs[key]
         for override in overrides:
             name = override.lstrip("+").partition("=")[0]

@@ -231,9 +231,17 @@ class SelfAugModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        matrices: list[nn.Parameter] = []
+        vectors: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (vectors if parameter.ndim <= 1 or "ia3_l" in name else matrices).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
+        if vectors:
+            # Norms, biases, DoRA's magnitudes, IA3's factors: to make them small is not to hold them where they were.
+            groups.append({"params": vectors, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(
-            trainable,
+            groups,
             lr=config.lr,
             betas=(config.betas[0], config.betas[1]),
             eps=config.eps,

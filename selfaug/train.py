@@ -7,7 +7,6 @@ Run as: python -m selfaug.train [SETTING=VALUE ...]            one run; the same
 """
 
 import logging
-import os
 import shutil
 import traceback
 from typing import Any
@@ -41,11 +40,12 @@ def _train(config: DictConfig, run: RunDirectory) -> Any:
     from selfaug.reporting.results import read_results, write_results
     from selfaug.run import build
     from selfaug.run.fit import fit
-    from selfaug.run.launch import inside_launcher, launch_workers
+    from selfaug.run.launch import launch_workers
     from selfaug.run.loggers import log_results, run_loggers
+    from selfaug.run.ranks import inside_launcher, rank
     from selfaug.run.score import score
 
-    if config.force:
+    if config.force and run.finished:
         for leftover in (run.adapter, run.model, run.prepared, run.checkpoints, run.evaluation):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in (run.results, run.path / "fit.json", run.path / "run.json", run.path / "metrics.csv"):
@@ -61,7 +61,7 @@ def _train(config: DictConfig, run: RunDirectory) -> Any:
     with run_loggers(config, run.path, training=not run.fitted) as loggers:
         if not run.fitted:
             fit(config, run, data, loggers)
-        if int(os.environ.get("RANK", "0")) > 0:
+        if rank() > 0:
             return None  # the first process scores
         write_results(run.results, score(config, run, data))
         results = read_results(run.results)

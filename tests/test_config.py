@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import LoraConfig, PeftConfig
@@ -300,3 +301,20 @@ def test_hash_survives_saving(tmp_path: Path):
     config = composed("alignment.alpha=0.3", "tags=[a]")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     assert config_hash(OmegaConf.load(tmp_path / "config.yaml")) == config_hash(config)
+
+
+def test_sizes_leave_data_of_your_own_alone():
+    """lab's short contexts are SQuAD's, and 75 tokens of answer CRAG's."""
+    mine = composed("size=lab", "data=jsonl", "data.path=my.jsonl")
+    assert "context_tokens" not in mine.data
+    assert mine.data.limit_train == composed("size=lab").data.limit_train == 96
+    assert composed("size=lab").data.source.context_tokens == 64
+    with pytest.raises(ConfigCompositionException, match="context_tokens"):
+        composed("experiment=context_length", "data=jsonl", "data.path=my.jsonl", "data.context_tokens=256")
+    assert composed("size=paper", "data=rag_instruct").evaluation.rag.max_new_tokens == 256
+    assert composed("size=paper", "data.path=crag.jsonl.bz2").evaluation.rag.max_new_tokens == 75
+
+
+def test_whole_numbers_of_alpha_are_the_same_run():
+    for one, other in (("0", "0.0"), ("1", "1.0")):
+        assert config_hash(composed(f"alignment.alpha={one}")) == config_hash(composed(f"alignment.alpha={other}"))

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 from selfaug.data.batching import StepDataset, StepLoader, StepSampler, collate
@@ -435,3 +437,24 @@ def test_a_model_without_a_reference_is_refused_before_training():
     with pytest.raises(UserError, match="train outside the adapters"):
         SelfAugModule(model, selfaug(), OptimizerConfig())
     SelfAugModule(copy.deepcopy(model), Objective(), OptimizerConfig())  # plain training needs none
+
+
+def test_decay_pulls_matrices_to_0_and_leaves_vectors_where_they_are():
+    """DoRA's magnitudes begin at the weights' norms and IA3's factors at 1: 0 is not where the base model is."""
+    base = tiny_model()
+    for adapter, decayed in (
+        (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), {"lora_A", "lora_B"}),
+        (IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), set()),
+    ):
+        model = get_peft_model(copy.deepcopy(base), adapter)
+        module = SelfAugModule(model, Objective(), OptimizerConfig(weight_decay=0.1))
+        module.trainer = SimpleNamespace(estimated_stepping_batches=4)
+        groups = module.configure_optimizers()["optimizer"].param_groups
+        names = {id(p): name for name, p in model.named_parameters()}
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        assert {id(p) for group in groups for p in group["params"]} == trained
+        kinds = {
+            names[id(p)].split("self_attn.")[-1].split(".")[1] for group in groups if group["weight_decay"]
+            for p in group["params"]
+        }  # fmt: skip
+        assert kinds == decayed

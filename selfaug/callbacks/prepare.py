@@ -29,7 +29,7 @@ class Prepare(L.Callback):
     """Prepares `parts` (by name) in on_fit_start; DIRECTORY/NAME.safetensors keeps what they have found.
 
     A run that goes on reads the files again: its weights may not be those of the start any more, and another machine
-    would round differently. `seconds`: that it took in this process.
+    would round differently. `seconds`: that it took, over resumed parts.
 
     Args:
         parts: those of the method that have something to prepare.
@@ -88,7 +88,13 @@ class Prepare(L.Callback):
                 found = load_file(path)  # what a resumed run goes on with, to the bit
             measured = part.use(found, at)
             self._measured |= {f"{name}/{what}": value for what, value in measured.items()}
-        self.seconds = time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds = float(state["seconds"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.global_step == 0 and self._measured:

@@ -25,7 +25,7 @@ class FillReference(L.Callback):
 
     def __init__(self, cache: CachedReference, data: RagDataModule, progress: bool = True):
         self.cache, self.data, self.progress = cache, data, progress
-        self.seconds = 0.0  # that it took in this process
+        self.seconds = 0.0  # that it took, over resumed parts
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         began = time.perf_counter()
@@ -51,7 +51,13 @@ class FillReference(L.Callback):
             )
         reshard(pl_module.model)  # Lightning reads the checkpoint of a sharded model after this hook
         trainer.strategy.barrier()
-        self.seconds = time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.seconds = float(state["seconds"])
 
     def _needed(self, trainer: L.Trainer, sources: Set[str] | None) -> list[tuple[Any, Sequence[int]]]:
         """(data set, which of its rows): of the training all, or those of its steps where they are less than an

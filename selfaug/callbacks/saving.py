@@ -47,7 +47,8 @@ class SaveCheckpoints(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.enable_validation and (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0:
+        validates = trainer.enable_validation and any(trainer.num_val_batches)  # none without an example
+        if validates and (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0:
             return  # validation comes next: a checkpoint before it would lose its row
         self._save_if_due(trainer)
 

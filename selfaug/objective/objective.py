@@ -28,7 +28,8 @@ from selfaug.ops import linear_nll
 
 NLL = "nll"
 WEIGHTED = "weighted_nll"
-_RESERVED = (NLL, WEIGHTED, "weights", "learn")  # the last two are names in `prepared/`
+# Names of other metrics of a step, of other state in checkpoints, and in `prepared/`.
+_RESERVED = (NLL, WEIGHTED, "loss", "alpha", "lr", "tokens", "grad_norm", "drift", "weights", "learn")
 
 
 @dataclass(frozen=True)

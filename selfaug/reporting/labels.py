@@ -95,7 +95,7 @@ def row_labels(configs: Sequence[dict[str, Any]]) -> list[str]:
         if members is others:
             method = [{key: value for key, value in one.items() if _of_method(key)} for one in flat]
             rest = [kept | other for kept, other in zip(_telling(method), rest, strict=True)]
-        for index, label in zip(members, setting_labels(rest), strict=True):
+        for index, label in zip(members, _labels(rest), strict=True):
             labels[index] = label
     if plain and others:
         for index in plain:
@@ -185,13 +185,18 @@ def _telling(method: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """The flattened settings that make a run what it is: not where it writes, how it logs or its seed."""
+    flat = _flat(config)
+    # An alpha that follows drift depends on when and on what the probe measures it.
+    follows = any(key.endswith("schedule.signal") and value == "drift" for key, value in flat.items())
 
     def ignored(key: str) -> bool:
         path = key.split(".")
+        if follows and key.startswith("callbacks.retention_probe."):
+            return False
         at_top = path[0] in _IGNORED_GROUPS or (len(path) == 1 and key in _IGNORED_AT_TOP)
         return at_top or path[-1] in _IGNORED_NAMES or path[-1].endswith("_dir")
 
-    return {key: value for key, value in _flat(config).items() if not ignored(key)}
+    return {key: value for key, value in flat.items() if not ignored(key)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -211,7 +216,10 @@ def setting_labels(configs: Sequence[dict[str, Any]]) -> list[str]:
     A choice such as `model=...` sets many settings of one config group that change together: more than three of them
     are named by the shortest, and the rest counted. Empty strings where nothing differs.
     """
-    flat = [settings(config) for config in configs]
+    return _labels([settings(config) for config in configs])
+
+
+def _labels(flat: Sequence[dict[str, Any]]) -> list[str]:
     missing = object()
     together: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for key in dict.fromkeys(key for one in flat for key in one):

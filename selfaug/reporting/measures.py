@@ -165,5 +165,6 @@ def _perplexity_ratio(run: Results, corpus: str, name: str) -> Interval | None:
 
 def _seconds(run: Results) -> Interval | None:
     # Not the evaluation: whoever comes first measures the base model for all.
-    seconds = run.time.get("fit_s")
-    return None if seconds is None else Interval(seconds, math.nan, math.nan, 1)
+    steps = run.time.get("fit_s")
+    before = [run.time.get(part) or 0.0 for part in ("prepare_s", "reference_s")]
+    return None if steps is None else Interval(steps + sum(before), math.nan, math.nan, 1)

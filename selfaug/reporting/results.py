@@ -45,7 +45,8 @@ class Results:
     drift: dict[str, dict[str, Metric]]
     """corpus -> kl_base_tuned, kl_tuned_base, perplexity, perplexity_ratio -> Metric (a KL has only "tuned")"""
     time: dict[str, float | None]
-    """{fit_s, evaluate_s, total_s}"""
+    """{fit_s: of the steps, prepare_s and reference_s: before the first one (what the method measures; filling the
+    cache), evaluate_s, total_s}. What several runs share is in none: the writing of self-dialogues and targets."""
     speed: dict[str, float | None]
     """{train_tokens_per_s}"""
     memory: dict[str, int | None]

@@ -96,6 +96,7 @@ def _has_bf16() -> bool:
 
 # Lightning's settings that would count micro-batches or cut epochs behind the back of our own.
 _NOT_FOR_THE_TRAINER = {
+    "check_val_every_n_epoch": "trainer.val_check_interval",
     "accumulate_grad_batches": "data.batch_size and data.micro_batch_tokens",
     "gradient_clip_val": "optimizer.max_grad_norm",
     "limit_train_batches": "data.limit_train or trainer.max_steps",

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -32,6 +31,7 @@ from selfaug.model.fingerprint import base_tensors
 from selfaug.module import SelfAugModule
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory
+from selfaug.run.machine import reset_peak
 from selfaug.run.memory import MemoryPlan
 from selfaug.run.score import chat_settings, drift_settings
 
@@ -42,8 +42,7 @@ SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports for a process ended 
 
 def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Sequence[Logger]) -> None:
     """Train in this process (as one of the processes, where there are several), then save what was trained."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of an earlier job of the sweep
+    reset_peak()
     module = build.module(config)
     throughput = Throughput()
     saving = SaveCheckpoints(run.checkpoints, every_n_steps=config.callbacks.checkpoint_every_n_steps)
@@ -85,7 +84,6 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
     saving.keep_metrics(trainer)  # a run that resumes after its last step never starts to train
     save_tuned(module, run, data.tokenizer)
     if trainer.is_global_zero:
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else throughput.peak_host_bytes()
         write_json(
             run.path / "fit.json",
             {
@@ -94,7 +92,7 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
                 "prepare_seconds": prepare.seconds if prepare.parts else None,  # the same
                 "tokens": throughput.tokens,
                 "steps": trainer.global_step,
-                "peak_bytes": peak,
+                "peak_bytes": throughput.peak,
                 "memory_plan": plan.parts,
             },
         )
@@ -144,15 +142,15 @@ def save_tuned(module: SelfAugModule, run: RunDirectory, tokenizer: Any) -> None
 
 
 def _resume_from(config: DictConfig, run: RunDirectory) -> str | None:
-    """The checkpoint to go on from: the newest whole one of this run (auto), a given one, or none."""
+    """The checkpoint to go on from: the newest whole one of this run, before it has one a given one, or none."""
     wanted = config.ckpt_path
     if wanted is None:
         for made_before in (run.checkpoints, run.prepared):
             shutil.rmtree(made_before, ignore_errors=True)
         return None
-    if wanted != "auto":
-        if not Path(wanted).is_file():
-            raise UserError(f"ckpt_path={wanted} does not exist: set it to a checkpoint, to auto, or to null.")
-        return str(wanted)
     newest = newest_checkpoint(run.checkpoints)
-    return None if newest is None else str(newest)
+    if wanted == "auto" or newest is not None:
+        return None if newest is None else str(newest)
+    if not Path(wanted).is_file():
+        raise UserError(f"ckpt_path={wanted} does not exist: set it to a checkpoint, to auto, or to null.")
+    return str(wanted)

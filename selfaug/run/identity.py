@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from selfaug.errors import UserError
 from selfaug.files import write_json, write_text
+from selfaug.run.ranks import rank
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,17 @@ def config_hash(config: DictConfig) -> str:
     method: Any = relevant.get("method") or {}
     if method.get("terms"):  # a term that is left out has settings all the same
         kept = {name: term for name, term in method["terms"].items() if term.get("position") != "none"}
+        # alpha=0 and alpha=0.0 are one run.
+        kept = {name: {**term, "alpha": float(term["alpha"])} if _whole(term.get("alpha")) else term
+                for name, term in kept.items()}  # fmt: skip
         relevant["method"] = {**method, "terms": kept}
     if caches_reference(config) and relevant.get("method", {}).get("terms"):
         # The cache computes each example alone, which rounds differently: a run is cached from its first to its last
         # step, or never. Where it is kept makes no difference.
         relevant["reference"] = "cached"
     if _follows_drift(relevant.get("method") or {}):  # alpha then depends on when and on what the probe measures
-        relevant["probe"] = OmegaConf.to_container(config.callbacks, resolve=True).get("retention_probe")
+        probe = OmegaConf.select(config, "callbacks.retention_probe")
+        relevant["probe"] = OmegaConf.to_container(probe, resolve=True) if OmegaConf.is_config(probe) else probe
     data: Any = relevant.get("data") or {}
     # Without a mixture the batch counts the same examples either way.
     unused = _IRRELEVANT_DATA if data.get("mixture") else _IRRELEVANT_DATA | {"mixture", "batch_counts"}
@@ -58,6 +63,10 @@ def config_hash(config: DictConfig) -> str:
         unused |= {"rewrite"}
     relevant["data"] = {k: v for k, v in data.items() if k not in unused}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _follows_drift(method: dict[str, Any]) -> bool:
@@ -137,7 +146,7 @@ class RunDirectory:
     def alone(self) -> Iterator[None]:
         """Inside, no other process works on this run: the same command twice, or two jobs of a sweep that are one run.
         The others wait. (Processes that train together are one: only the first of them asks.)"""
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
+        if rank() > 0:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)

@@ -20,11 +20,6 @@ from selfaug.run.fit import SIGTERM_EXIT
 _GRACE_SECONDS = 60  # for the others to end, once one process has
 
 
-def inside_launcher() -> bool:
-    """Whether somebody (torchrun, srun, launch_workers) has started this process as one of several."""
-    return "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
-
-
 def launch_workers(run_directory: Path, processes: int) -> None:
     """Run `python -m selfaug.run.worker RUN_DIRECTORY` in so many processes and wait for them.
 
@@ -38,7 +33,8 @@ def launch_workers(run_directory: Path, processes: int) -> None:
     shared = {
         # On a CPU the processes share the cores instead of each taking all.
         "OMP_NUM_THREADS": str(max(cores // processes, 1)),
-        **os.environ,
+        # Lightning would take the number of Slurm's tasks, of which this process is one, for that of the workers.
+        **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(processes),

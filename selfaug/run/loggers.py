@@ -43,15 +43,17 @@ def run_loggers(
     Raises UserError for an unknown logger or one whose package is missing.
     """
     loggers: list[Logger] = [MetricsFile(directory)] if training else []
+    failed = True
     try:
         _add_chosen(loggers, config, directory, job_type)
         yield loggers
+        failed = False
     finally:
         for logger in loggers:
-            logger.finalize("success")
+            logger.finalize("failed" if failed else "success")
             if isinstance(logger, WandbLogger):
                 # Otherwise the next job of a sweep in this process would write into the same W&B run.
-                logger.experiment.finish()
+                logger.experiment.finish(exit_code=int(failed))
 
 
 def log_results(loggers: list[Logger], results: Results) -> None:

@@ -1,5 +1,6 @@
 """How much memory there is, and how much of it this process has."""
 
+import contextlib
 import ctypes
 import gc
 import platform
@@ -66,6 +67,24 @@ def container_room(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("
             if directory == base:
                 break
     return max(min(rooms), 0) if rooms else None
+
+
+def reset_peak() -> None:
+    """Begin to measure `peak_bytes` anew: an earlier job of a sweep may have had more."""
+    free_unused()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # of the resident set, on Linux
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that this process has had since `reset_peak`: of a GPU its tensors, of the host everything. None where
+    the machine does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = next((line for line in _text(Path("/proc/self/status")).splitlines() if line.startswith("VmHWM:")), None)
+    return None if peak is None else int(peak.split()[1]) * 1024
 
 
 def free_unused() -> None:

@@ -69,7 +69,11 @@ def score(config: DictConfig, run: RunDirectory, data: RagDataModule) -> Results
         results.data["mixture"] = data.mixture.stats(trained)
     else:
         results.data["used"]["train"] = len(trained)
-    results.time = {"fit_s": fitted["seconds"], "evaluate_s": seconds, "total_s": fitted["seconds"] + seconds}
+    results.time = {
+        "fit_s": fitted["seconds"], "prepare_s": fitted["prepare_seconds"], "reference_s": fitted["reference_seconds"],
+        "evaluate_s": seconds,
+    }  # fmt: skip
+    results.time["total_s"] = sum(part for part in results.time.values() if part is not None)
     results.speed = {"train_tokens_per_s": fitted["tokens"] / fitted["seconds"] if fitted["seconds"] else None}
     results.memory = {"peak_bytes": fitted["peak_bytes"]}
     results.curves = read_curves(run.path / "metrics.csv")

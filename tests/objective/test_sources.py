@@ -89,7 +89,7 @@ def test_a_source_that_is_not_there_is_refused():
 
 
 def test_what_a_term_cannot_be():
-    for name in ("nll", "weighted_nll", "nll_task", "learn"):
+    for name in ("nll", "weighted_nll", "nll_task", "learn", "loss", "alpha", "lr", "tokens", "grad_norm", "drift"):
         with pytest.raises(UserError, match=f"cannot be called {name}"):
             Objective({name: LogitAlignment()})
     with pytest.raises(UserError, match=r"official=true counts padding, which belongs to no data source"):

@@ -123,3 +123,14 @@ def test_several_terms_have_no_one_alpha():
     assert alpha_of(two) is None
     assert position_of(two) is None
     assert alpha_of(config(term=KL | {"alpha": "adaptive"})) is None
+
+
+def test_runs_whose_alpha_follows_other_probes_are_no_seeds_of_one_row():
+    def run(every: int, signal: str) -> dict[str, Any]:
+        config = made_up().config
+        config["method"]["terms"]["kl"]["schedule"] = {"_target_": "x.KLTarget", "signal": signal}
+        return config | {"callbacks": {"retention_probe": {"every_n_steps": every}, "checkpoint_every_n_steps": every}}
+
+    assert row_key(run(5, "kl")) == row_key(run(20, "kl"))
+    assert row_key(run(5, "drift")) != row_key(run(20, "drift"))
+    assert "every_n_steps" in row_labels([run(5, "drift"), run(20, "drift")])[0]

@@ -77,7 +77,11 @@ def test_memory_gives_the_same_bytes(cold: tuple[Path, Path], runs: Runs):
     with passes() as keys:
         same(run := runs.done(*LONG, "reference.cache=memory"), cold[0])
     assert len(keys) == used(cold[0])
-    assert json.loads((run / "fit.json").read_text())["reference_seconds"] > 0
+    seconds = json.loads((run / "fit.json").read_text())["reference_seconds"]
+    assert seconds > 0
+    times = json.loads((run / "results.json").read_text())["time"]
+    assert times["reference_s"] == seconds
+    assert times["total_s"] == pytest.approx(times["fit_s"] + seconds + times["evaluate_s"])
 
 
 def test_an_uncached_run_differs_by_rounding_and_has_another_name(cold: tuple[Path, Path], runs: Runs):

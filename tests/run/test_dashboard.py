@@ -15,6 +15,7 @@ import pytest
 from selfaug import dashboard, evaluate, train
 from selfaug.evaluation.retention.benchmarks import BENCHMARKS
 from selfaug.reporting.results import read_results
+from selfaug.run import loggers
 from selfaug.run.loggers import SUMMARIES, has_wandb_key, scalars, tables
 from tests.evaluation.retention.tiny_items import items  # noqa: F401
 from tests.run.conftest import Runs
@@ -160,3 +161,24 @@ def test_where_a_key_may_be(
     (tmp_path / "netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert has_wandb_key() is found
+
+
+def test_a_run_that_failed_is_failed_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ended: list[Any] = []
+
+    class Fake(loggers.WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        experiment = mock.Mock(finish=lambda exit_code=None: ended.append(exit_code))
+
+        def finalize(self, status: str) -> None:
+            ended.append(status)
+
+    monkeypatch.setattr(loggers, "_add_chosen", lambda found, *_: found.append(Fake()))
+    with loggers.run_loggers(mock.Mock(), tmp_path, training=False):
+        pass
+    assert ended == ["success", 0]
+    with pytest.raises(ValueError, match="not finite"), loggers.run_loggers(mock.Mock(), tmp_path, training=False):
+        raise ValueError("not finite")
+    assert ended[2:] == ["failed", 1]

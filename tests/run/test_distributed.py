@@ -1,6 +1,7 @@
 """Two processes equal one (invariant 4), on CPUs, with steps that do not divide evenly."""
 
 import csv
+import json
 import signal
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from selfaug.errors import UserError
-from selfaug.run import launch
+from selfaug.run import launch, ranks
 from tests.run.conftest import Runs
 from tests.run.test_resume import newest_step, stop
 from tests.run.test_same import relative_error
@@ -79,3 +80,29 @@ def test_sigterm_while_the_processes_load_is_no_failure(runs: Runs, monkeypatch:
     assert isinstance(ended, SystemExit)
     assert ended.code == 143
     assert isinstance(ends(signal.SIGKILL), UserError)
+
+
+@pytest.mark.parametrize(
+    ("variables", "inside", "number"),
+    [
+        ({}, False, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, True, 3),  # torchrun, launch_workers
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, False, 0),  # srun --pty bash
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, False, 0),  # a batch script, before any srun
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True, 2),  # srun --ntasks=4
+    ],
+)
+def test_who_one_is(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], inside: bool, number: int):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.inside_launcher(), ranks.rank()) == (inside, number)
+
+
+def test_two_processes_in_an_interactive_slurm_job(runs: Runs):
+    """One task of Slurm's, which is neither one of the two processes nor their number."""
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "bash",
+             "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+    directory = runs.done(*UNEVEN, "trainer=ddp", "trainer.max_steps=2", **slurm)
+    assert json.loads((directory / "fit.json").read_text())["steps"] == 2

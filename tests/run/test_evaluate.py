@@ -206,6 +206,11 @@ def test_the_run_s_settings_are_taken_over_and_the_command_line_wins(saved_run: 
     assert chosen.model.name == "mine"
 
 
+def test_the_seed_of_the_command_line_wins(saved_run: Path):
+    overrides = [f"target={saved_run}", "seed=5"]
+    assert evaluate.with_settings_of_run(composed(*overrides), [], overrides).seed == 5
+
+
 def test_a_setting_that_no_longer_counts_is_refused(saved_run: Path):
     config = composed(f"target={saved_run}", "data=jsonl", "data.path=new")
     with pytest.raises(UserError, match=r"data\.source\.path"):

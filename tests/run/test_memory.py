@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
+from selfaug.callbacks.throughput import Throughput
 from selfaug.data.batching import StepSampler
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
@@ -23,6 +24,7 @@ from selfaug.model.load import recompute_activations
 from selfaug.objective import EWC, LogitAlignment, Objective, Orthogonal
 from selfaug.run import machine, memory, probe
 from selfaug.run.identity import register_resolvers
+from selfaug.run.machine import peak_bytes, reset_peak, resident_bytes
 from selfaug.run.memory import Costs, Largest, advise, count, largest
 from selfaug.run.probe import Growth, Measured, fit, measure
 from tests.run.conftest import Runs
@@ -356,3 +358,20 @@ def test_a_run_that_may_not_fit_is_warned_and_trained(runs: Runs, monkeypatch):
     named = re.findall(r"[a-z_.]+=\w+", warning)
     assert named
     assert all(known(setting) for setting in named)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="Linux only")
+def test_the_peak_of_a_run_is_not_that_of_an_earlier_one():
+    cpu = torch.device("cpu")
+    torch.ones(100_000_000).sum()  # 400 MB, of an earlier job in this process
+    before = peak_bytes(cpu)
+    reset_peak()
+    throughput = Throughput()
+    assert before is not None
+    assert throughput.peak is not None
+    assert throughput.peak < before - 300e6
+    torch.ones(50_000_000).sum()
+    assert throughput.peak > resident_bytes(cpu) + 100e6
+    resumed = Throughput()
+    resumed.load_state_dict(throughput.state_dict() | {"peak": 10**15})  # of the part before
+    assert resumed.peak == 10**15

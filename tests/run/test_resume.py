@@ -214,3 +214,37 @@ def test_force_does_a_finished_run_again(runs: Runs):
     assert (directory / "results.json").stat().st_mtime_ns > written
     assert adapter(directory) == before
     assert len(metrics(directory)) == 2
+
+
+def test_without_validation_examples_checkpoints_are_saved_at_the_ends_of_epochs(runs: Runs):
+    """Lightning passes over a validation that has no batch, so that a checkpoint put off for it would never come."""
+    no_validation = ("data.source.val_share=0", "trainer.max_epochs=3", "callbacks.checkpoint_every_n_steps=10")
+    directory = runs.done(*no_validation)
+    assert newest_step(directory) >= 30
+    other = runs.into(runs.runs / "stopped")
+    assert stop(other, 10, signal.SIGTERM, *no_validation).returncode == 143
+    assert newest_step(other.only()) < 30
+    same(other.done(*no_validation), directory)
+
+
+def test_force_does_a_finished_run_again_and_an_unfinished_one_goes_on(whole: Path, killed: Path, runs: Runs):
+    """Else a job that is put back into the queue with force=true would never end."""
+    directory = copied(killed, runs)
+    result = runs.inline(*LONG, "force=true")
+    assert f"resuming from {directory}" in result.stdout
+    same(directory, whole)
+    began = (directory / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    result = runs.inline(*LONG, "force=true")
+    assert "resuming" not in result.stdout
+    assert (directory / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns > began
+    same(directory, whole)
+
+
+def test_a_run_that_began_with_a_given_checkpoint_goes_on_with_its_own(killed: Path, runs: Runs, tmp_path: Path):
+    given = newest_checkpoint(killed / "checkpoints")
+    assert given is not None
+    start = (*LONG, f"ckpt_path={shutil.copy(given, tmp_path / 'start.ckpt')}")
+    assert stop(runs, 16, signal.SIGKILL, *start).returncode == -signal.SIGKILL
+    result = runs.inline(*start)
+    assert result.returncode == 0
+    assert f"resuming from {runs.only() / 'checkpoints' / 'step-16.ckpt'}" in result.stdout
