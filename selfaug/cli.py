@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from selfaug import processor
 from selfaug.errors import UserError
 from selfaug.run import launchers
 from selfaug.run.identity import register_resolvers
+
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a process ended by Ctrl-C
 
 
 def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -63,12 +66,16 @@ def flags_first(arguments: list[str]) -> list[str]:
 
 
 class _user_errors(ContextDecorator):
-    """Ends the program with one sentence where the user can mend the error; lets every other error through."""
+    """Ends the program with one sentence where the user can mend the error, or has stopped it; lets every other error
+    through."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            print("selfaug: interrupted; the same command goes on where it was stopped.", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         message = sentence(error) if isinstance(error, Exception) else None
         if message is not None and not wants_traceback():
             print(f"selfaug: {message}", file=sys.stderr)

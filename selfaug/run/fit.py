@@ -81,6 +81,10 @@ def fit(config: DictConfig, run: RunDirectory, data: RagDataModule, loggers: Seq
             run.checkpoints,
         )
         sys.exit(SIGTERM_EXIT)
+    except SystemExit:
+        if trainer.interrupted:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     saving.keep_metrics(trainer)  # a run that resumes after its last step never starts to train
     save_tuned(module, run, data.tokenizer)
     if trainer.is_global_zero:

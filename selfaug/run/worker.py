@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from selfaug.cli import quieten, sentence
+from selfaug.cli import INTERRUPTED, quieten, sentence
 from selfaug.run import build
 from selfaug.run.fit import SIGTERM_EXIT, fit
 from selfaug.run.identity import RunDirectory, register_resolvers
@@ -28,6 +28,8 @@ def main() -> None:
     try:
         with run_loggers(config, run.path) as loggers:
             fit(config, run, build.data(config), loggers)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)  # whoever started the workers says so
     except Exception as error:
         message = sentence(error)
         if message is None:

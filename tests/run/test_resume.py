@@ -110,6 +110,16 @@ def test_sigterm_leaves_a_checkpoint_and_exit_status_143(whole: Path, runs: Runs
     same(directory, whole)
 
 
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(whole: Path, runs: Runs):
+    result = stop(runs, 8, signal.SIGINT, *LONG)
+    assert result.returncode == 130
+    assert result.stderr.splitlines()[-1] == "selfaug: interrupted; the same command goes on where it was stopped."
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not (runs.only() / "adapter").exists()
+    assert runs.inline(*LONG).returncode == 0
+    same(runs.only(), whole)
+
+
 def test_finished_run_is_not_done_again(whole: Path, runs: Runs):
     directory = copied(whole, runs)
     files = [p for p in directory.rglob("*") if "adapter" in p.parts or p.suffix in (".json", ".csv", ".ckpt")]
