@@ -122,15 +122,17 @@ def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
     both = _items([runs[seed] for runs in (row.runs, other.runs) for seed in deltas], measure) if deltas else None
     gaps = None if both is None else both[: len(deltas)] - both[len(deltas) :]
     items = 0 if gaps is None else gaps.shape[1]
-    alone = len(row.runs) == len(other.runs) == 1
-    if len(deltas) > 1 or (gaps is not None and alone):
+    if len(deltas) > 1 or gaps is not None:
         found = estimate(list(deltas.values()), gaps)
-        if alone:
+        if len(deltas) == 1:
             return Difference(found.interval(), False, 1, items, p_items=found.p)
         return Difference(found.interval(), True, len(deltas), items, found.p, found.standard_errors)
     if not seeds and max(len(row.runs), len(other.runs)) > 1:
         return None
-    ours, theirs = row.value(measure), other.value(measure)
+    # One seed, the same if they have one in common, as two independent samples of items.
+    ours, theirs = (
+        measure.tuned(one.runs[seeds[0]] if seeds else next(iter(one.runs.values()))) for one in (row, other)
+    )
     if ours is None or theirs is None or math.isnan(ours.mean - theirs.mean):
         return None
     half = math.hypot((ours.high - ours.low) / 2, (theirs.high - theirs.low) / 2)

@@ -149,12 +149,14 @@ def test_one_seed_is_told_apart_by_items_and_corrected_for_the_number_of_rows():
     assert "nothing here speaks about other seeds" in " ".join(findings(among))
 
 
-def test_rows_of_unequal_seeds_are_not_told_apart_without_a_test():
-    """One seed in common is no test, however far apart their numbers are."""
+@pytest.mark.parametrize("items", [True, False])
+def test_rows_of_unequal_seeds_are_not_told_apart_without_a_test(items: bool):
+    """One seed in common is no test, however far apart their numbers are; and it is that seed that is compared."""
     runs = [made_up(plain=True, seed=seed) for seed in SEEDS] + [made_up(seed=1, gain=0.3)]
-    found = Comparison(runs)
+    found = Comparison(with_items(runs) if items else runs)
     gap = found.differences[1][column(found, "task/f1")]
     assert gap is not None
+    assert gap.interval.mean == pytest.approx(values(runs)[3] - values(runs)[0])
     assert gap.interval.low > 0
     assert gap.p is None
     assert "No row answers demonstrably better" in headline(found)
