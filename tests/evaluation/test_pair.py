@@ -7,6 +7,7 @@ from selfaug.errors import UserError
 from selfaug.evaluation import pair as pair_module
 from selfaug.evaluation.drift import DriftConfig, drift_on_answers, measure_drift
 from selfaug.evaluation.pair import Pair
+from selfaug.evaluation.statistics import Interval
 from selfaug.evaluation.token_kl import token_kl
 from selfaug.model.full import FullFineTuning
 from selfaug.objective.batch import Role
@@ -99,6 +100,7 @@ def means(drift):
     return {
         (corpus, name, part): interval.mean
         for corpus, metrics in drift.items() for name, metric in metrics.items() for part, interval in metric.items()
+        if isinstance(interval, Interval)
     }  # fmt: skip
 
 

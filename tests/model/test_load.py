@@ -198,7 +198,9 @@ def test_target_modules_that_do_not_fit_are_refused():
 
 def test_a_folder_without_an_adapter_is_refused(tiny_folder, tmp_path):
     for place in (tiny_folder, tmp_path / "nowhere", str(tmp_path)):
-        with pytest.raises(UserError, match=r"holds no PEFT adapter \(adapter_config\.json\): set adapter_path to"):
+        with pytest.raises(
+            UserError, match=r"holds no PEFT adapter \(adapter_config\.json\): set target to an adapter"
+        ):
             load_adapter(tiny_model(), place)
 
 
@@ -215,7 +217,7 @@ def test_a_saved_adapter_comes_back_frozen(tmp_path):
 def test_an_adapter_without_weights_is_one_sentence(tmp_path):
     tiny_model(lora=True).save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"adapter_path"):
+    with pytest.raises(UserError, match=r"set target to an adapter saved as safetensors"):
         load_adapter(tiny_model(), tmp_path)
 
 
