@@ -153,6 +153,8 @@ class OLoRA:
 
         penalty = sum over layers of the sum over (i, j) of |A_earlier A^T|
 
+    A layer that the earlier adapter did not change has nothing to be kept out of, and is left free.
+
     Args:
         adapter: folder of the earlier adapter (PEFT, safetensors). Only its A is used. The model itself knows the
             earlier task if model.name is a folder that the adapter was merged into.

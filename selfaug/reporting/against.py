@@ -28,7 +28,7 @@ def _row(found: Comparison, name: str) -> Row:
     alike = [row for row in found.rows if row.label == name] or [row for row in found.rows if name in row.label]
     if len(alike) != 1:
         many = "no row is" if not alike else "more than one row is"
-        raise UserError(f"--against={name}: {many} called that; the rows are {', '.join(labels) or 'none'}.")
+        raise UserError(f"--against={name}: {many} called that; the rows are {'; '.join(labels) or 'none'}.")
     return alike[0]
 
 

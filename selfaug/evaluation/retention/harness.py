@@ -91,6 +91,7 @@ def conditions(config: RetentionConfig, tokenizer: Any) -> dict[str, Any]:
     """What every benchmark depends on alike."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(tokenizer)
+    text += f"\n{getattr(tokenizer, 'eos_token_id', None)}"  # ends an answer, and is no part of tokenizer.json
     return {
         "scoring": SCORING,
         "seed": config.seed,
