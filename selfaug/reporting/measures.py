@@ -52,7 +52,8 @@ def measures(results: Sequence[Results]) -> list[Measure]:
     for corpus in dict.fromkeys(corpus for run in results for corpus in run.drift):
         found.append(_drift(corpus, "kl_base_tuned", ["KL", "base||", "tuned"], 0.0))
         found.append(_drift(corpus, "kl_tuned_base", ["KL", "tuned||", "base"], 0.0))
-        found.append(_drift(corpus, "perplexity_ratio", ["ppl", "ratio"], 1.0))
+        if any(_perplexity_ratio(run, corpus, "perplexity_ratio") is not None for run in results):
+            found.append(_drift(corpus, "perplexity_ratio", ["ppl", "ratio"], 1.0))
     for benchmark in dict.fromkeys(benchmark for run in results for benchmark in run.retention):
         found.append(_benchmark(benchmark))
     # Of general instructions, whose answers shorten long before a benchmark moves. Neither way is better as such.

@@ -47,7 +47,7 @@ def test_differences_in_standard_errors():
 
 @pytest.mark.parametrize(("name", "said"), [("hidden", "no row is"), ("logits", "more than one row is")])
 def test_a_name_that_is_not_one_row(name: str, said: str):
-    with pytest.raises(UserError, match=rf"--against={name}: {said} called that; the rows are plain LoRA, position="):
+    with pytest.raises(UserError, match=rf"--against={name}: {said} called that; the rows are plain LoRA; position="):
         against(Comparison(runs()), name)
 
 

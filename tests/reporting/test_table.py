@@ -197,6 +197,14 @@ def test_no_common_base_row_for_different_bases():
     assert "| base |" not in as_markdown([run(), other])
 
 
+def test_no_column_of_perplexity_where_none_was_measured():
+    own = run(0.5)
+    del own.drift["instructions"]["perplexity"]
+    table = as_markdown([own])
+    assert "wiki Perplexity ratio" in table and "instructions KL" in table
+    assert "instructions Perplexity ratio" not in table
+
+
 def test_measured_perplexity_ratio_is_preferred():
     measured = run()
     measured.drift["wiki"]["perplexity_ratio"] = {"tuned": {"mean": 1.5, "low": 1.4, "high": 1.6, "n": 200}}
