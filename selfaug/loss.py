@@ -3,15 +3,16 @@
 The same Objective as `python -m selfaug.train` uses; this file only translates transformers' tensors.
 """
 
+import warnings
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder, verify_decoder
-from selfaug.model.reference import Reference
+from selfaug.model.reference import AdaptersOff, Reference, check_head_frozen
 from selfaug.objective import LogitAlignment, Objective, TokenBatch
 from selfaug.objective.rows import Position
 from selfaug.objective.sampling import Rows
@@ -19,7 +20,8 @@ from selfaug.ops import Divergence
 
 
 class SelfAugLoss(NamedTuple):
-    """loss = nll + alpha * kl. All three are scalars with a graph; `rows` is the number of aligned rows."""
+    """loss = nll + alpha * kl. All three are scalars with a graph, but for kl where alpha is 0; `rows` is the
+    number of aligned rows."""
 
     loss: Tensor
     nll: Tensor
@@ -35,6 +37,8 @@ class RowCounts(NamedTuple):
 
 
 _verified: WeakSet[nn.Module] = WeakSet()  # models that `verify_decoder`, which runs the model, has passed
+# References that have been checked, which may take a pass over all weights, by the model that they were checked with.
+_checked: WeakKeyDictionary[nn.Module, "WeakSet[Reference]"] = WeakKeyDictionary()
 
 
 def selfaug_loss(
@@ -83,11 +87,14 @@ def selfaug_loss(
     term = LogitAlignment(alpha, position, divergence, boundary, official, rows, share)
     objective = Objective({"kl": term}, reference)
     batch = TokenBatch.from_labels(input_ids, attention_mask, labels)
-    objective.check(model)
-    if model not in _verified:
-        verify_decoder(model)
-        _verified.add(model)
+    _check_model(model, objective)
     counts = objective.count(batch)
+    if counts[0] and not counts[1] and position != "output_logits":
+        warnings.warn(
+            "selfaug_loss has no row to align, because labels make every token a response: set them to -100 on the "
+            "prompt (in TRL: prompt-completion data).",
+            stacklevel=2,
+        )
     totals = counts if step_rows is None else torch.tensor(step_rows, device=counts.device)
     losses = objective(Decoder(model), batch, totals, draw)
     return SelfAugLoss(losses.loss, losses.parts["nll"], losses.parts["kl"], int(counts[1]))
@@ -106,6 +113,24 @@ def count_rows(
     term = LogitAlignment(0.0, position, boundary=boundary, official=official)
     counts = Objective({"kl": term}).count(TokenBatch.from_labels(labels, attention_mask, labels))
     return RowCounts(int(counts[0]), int(counts[1]))
+
+
+def _check_model(model: nn.Module, objective: Objective) -> None:
+    reference = objective.reference
+    if isinstance(reference, AdaptersOff):
+        reference.check(model)  # a look at the modules
+    else:
+        check_head_frozen(model)
+        # Once, and before the first step: afterwards the base weights may be others, which the reference knows.
+        checked = _checked.setdefault(model, WeakSet())
+        if reference not in checked:
+            reference.check(model)
+            checked.add(reference)
+    if model not in _verified:
+        verify_decoder(model)
+        # Under the caller's autocast it has left casts of the adapter without a graph, which torch before 2.10 takes.
+        torch.clear_autocast_cache()
+        _verified.add(model)
 
 
 def _check(position: Position) -> None:

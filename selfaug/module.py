@@ -136,15 +136,16 @@ class SelfAugModule(L.LightningModule):
             self._backward(losses.loss if penalty is None else losses.loss + penalty / self.trainer.world_size, last)
             self.objective.close()
             sums += torch.stack([losses.loss.detach(), *(part.detach() for part in losses.parts.values())])
-        sums = self._over_processes(sums)
+        own, sums = sums[0], self._over_processes(sums)
         if not torch.isfinite(sums[0]):
-            raise NonFiniteLoss(self.global_step, [name for batch in step.micro_batches for name in batch.ids])
+            raise NonFiniteLoss(self.global_step, self._suspects(step, bool(own.isfinite())))
 
         norms = (None, None) if balance is None else balance.norms(self._over_processes)
         gradient_norm = self._clip_gradients()
         if not math.isfinite(gradient_norm):
-            raise NonFiniteLoss(self.global_step, [name for batch in step.micro_batches for name in batch.ids])
+            raise NonFiniteLoss(self.global_step, self._suspects(step, True))
         learning_rate = optimizer.param_groups[0]["lr"]
+        torch.clear_autocast_cache()  # else casts of all weights that train stay in memory beside the optimiser's work
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -178,6 +179,16 @@ class SelfAugModule(L.LightningModule):
             return value
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
+    def _suspects(self, step: Step, finite: bool) -> list[str]:
+        """The examples of the processes whose own loss is not finite; of all, where all are. Every process asks."""
+        ids = [name for batch in step.micro_batches for name in batch.ids]
+        if self.trainer.world_size == 1:
+            return ids
+        found: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(found, (finite, ids))
+        wrong = [names for fine, names in found if not fine] or [names for _, names in found]
+        return [name for names in wrong for name in names]
+
     def _log_step(
         self, sums: Tensor, totals: Tensor, learning_rate: float, gradient_norm: float, tokens: Tensor, started: float,
         alphas: dict[str, float], penalties: dict[str, Tensor],
@@ -206,6 +217,10 @@ class SelfAugModule(L.LightningModule):
         """
         for logger in self.loggers:
             logger.log_metrics(values, step=self.global_step)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        # Lightning's own waits for every tensor that is inside something else.
+        return batch.to(device, non_blocking=True)
 
     # ---- validation ------------------------------------------------------------------------------------------------
 
@@ -260,9 +275,27 @@ class SelfAugModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_fits(checkpoint)
         state = dict(checkpoint["alphas"])
         self.drift = state.pop("drift")
         self.alphas.load_state_dict(state)
+
+    def _check_fits(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError for a checkpoint of another training, which Lightning would load as far as names agree."""
+        problem = None if "alphas" in checkpoint else "it is none of selfaug"
+        kept = checkpoint.get("state_dict", {})
+        # A sharded one comes without, and says itself what it lacks.
+        for name, parameter in self.named_parameters() if "state_dict" in checkpoint else ():
+            if parameter.requires_grad and (name not in kept or kept[name].shape != parameter.shape):
+                problem = problem or f"it has no {name.removeprefix('model.')} of {tuple(parameter.shape)}"
+        wanted, found = self.alphas.schedules.keys(), checkpoint.get("alphas", {}).keys() - {"drift"}
+        if problem is None and not wanted <= found:
+            problem = f"it has no schedule of {', '.join(sorted(wanted - found))}"
+        if problem:
+            raise UserError(
+                f"The checkpoint does not fit what is trained here ({problem}): set ckpt_path to one that was trained "
+                "with the same model, adapter and terms, or to null to begin anew."
+            )
 
 
 class NonFiniteLoss(UserError):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import selfaug
 from selfaug.errors import UserError
 from selfaug.loss import RowCounts, SelfAugLoss, count_rows, selfaug_loss
+from selfaug.model.frozen_copy import FrozenCopy
 from selfaug.model.reference import AdaptersOff
 from tests.tiny import lora_config, random_batch, randomise_b, tiny_model
 
@@ -200,6 +202,72 @@ def test_a_reference_of_ones_own():
     assert reference.calls == 1
 
 
+class Counted:
+    """A reference that says how often it was checked."""
+
+    def __init__(self):
+        self.checks = 0
+
+    def check(self, model):
+        self.checks += 1
+
+    def states(self, decoder, tokens, **settings):
+        return AdaptersOff().states(decoder, tokens, **settings)
+
+
+def test_a_reference_is_checked_once_for_each_model():
+    """It may take a pass over all weights, which are others after the first step where they train."""
+    reference, models = Counted(), [tiny_model(lora=True) for _ in range(2)]
+    for model in (models[0], models[0], models[1], models[0]):
+        selfaug_loss(model, *random_batch(), reference=reference)
+    assert reference.checks == 2
+    models[0].get_base_model().lm_head.requires_grad_(True)
+    with pytest.raises(UserError, match="output head trains"):
+        selfaug_loss(models[0], *random_batch(), reference=reference)
+
+
+def test_a_frozen_copy_serves_while_the_base_weights_train():
+    model, base = tiny_model("llama"), tiny_model("llama")
+    model.get_output_embeddings().requires_grad_(False)
+    reference, kl = FrozenCopy(lambda: base), []
+    for _ in range(3):
+        losses = selfaug_loss(model, *random_batch(), reference=reference)
+        losses.loss.backward()
+        kl.append(losses.kl.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.5 * parameter.grad
+                    parameter.grad = None
+    assert kl[0] == 0 < kl[1]
+
+
+def test_labels_that_leave_nothing_to_align_are_named():
+    model, (ids, mask, _) = tiny_model(lora=True), random_batch((9, 9), (3, 4))
+    with pytest.warns(UserWarning, match="no row to align.*-100 on the prompt"):
+        assert selfaug_loss(model, ids, mask, ids).rows == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        selfaug_loss(model, ids, mask, ids, position="output_logits")
+        selfaug_loss(model, ids, mask, torch.full_like(ids, -100))
+
+
+def test_autocast_around_the_first_call_leaves_the_gradients():
+    """The model is looked at first, under no_grad: casts of the adapter that this leaves behind have no graph."""
+    gradients = []
+    for looked_at in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model(lora=True)
+        if looked_at:
+            selfaug_loss(model, *random_batch())
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = selfaug_loss(model, *random_batch())
+        losses.loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+
+
 def test_wrong_use_is_refused():
     model = tiny_model(lora=True)
     ids, mask, labels = random_batch()
@@ -207,6 +275,8 @@ def test_wrong_use_is_refused():
         selfaug_loss(model, ids, mask, labels[:, 1:])
     with pytest.raises(UserError, match=r"alignment\.alpha=-1"):
         selfaug_loss(model, ids, mask, labels, alpha=-1)
+    with pytest.raises(UserError, match=r"^DataParallel exchanges gradients .*\.module .*trainer=ddp"):
+        selfaug_loss(torch.nn.DataParallel(model), ids, mask, labels)
     with pytest.raises(UserError, match=r"alignment\.position=x"):
         count_rows(mask, labels, position="x")
     for position in ("document_logits", "question_logits"):  # there would be no row, and a KL of 0

@@ -216,6 +216,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_steps(value):
     assert sorted(named) == ["e10", "e11", "e8", "e9"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"target_modules": ["o_proj"]}, r"it has no \S*o_proj\.lora_A"), ({"r": 3}, r"it has no \S*lora_A\S* of \(3, ")],
+)
+def test_a_checkpoint_of_another_training_is_refused(settings, message):
+    """Where names do not agree, Lightning would load nothing and go on with the step and the moments of another."""
+    written = SelfAugModule(tiny_model(lora={"target_modules": ["q_proj"]}), selfaug(), OptimizerConfig())
+    checkpoint: dict = {"state_dict": written.state_dict()}
+    written.on_save_checkpoint(checkpoint)
+    written.on_load_checkpoint(checkpoint)
+    other = tiny_model(lora={"target_modules": ["q_proj"], **settings})
+    with pytest.raises(UserError, match=rf"^The checkpoint does not fit what is trained here \({message}.*ckpt_path"):
+        SelfAugModule(other, selfaug(), OptimizerConfig()).on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="it is none of selfaug"):
+        written.on_load_checkpoint({"state_dict": checkpoint["state_dict"]})
+
+
 def test_many_examples_are_named_in_short():
     message = str(NonFiniteLoss(3, [f"e{i}" for i in range(20)]))
     assert "e7 and 12 more" in message

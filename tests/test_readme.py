@@ -67,6 +67,23 @@ def test_transformers_trainer(tmp_path):
     assert all("lora_" in name for name in changed)
 
 
+def test_transformers_trainer_in_bfloat16(tmp_path):
+    """bf16=True must reach the projections."""
+    names: dict = {}
+    exec(blocks_under_test()[2], names)
+    model, seen = tiny_model("llama", lora=True), set()
+    layer = next(m for n, m in model.named_modules() if n.endswith("q_proj.base_layer"))
+    layer.register_forward_hook(lambda module, inputs, output: seen.add((torch.is_grad_enabled(), output.dtype)))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False, bf16=True,
+    )  # fmt: skip
+    names["SelfAugTrainer"](
+        model=model, args=arguments, train_dataset=[{key: value[0] for key, value in batch().items()}]
+    ).train()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
 def test_transformers_trainer_accumulates_as_one_batch(tmp_path):
     names: dict = {}
     exec(blocks_under_test()[2], names)

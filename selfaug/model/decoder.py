@@ -81,6 +81,11 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise UserError(
+                f"{type(model).__name__} exchanges gradients in a forward pass of its own, which would be passed by: "
+                "give its .module where one process trains, or train with `python -m selfaug.train trainer=ddp`."
+            )
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         if head is None or not hasattr(inner, "base_model"):
@@ -92,6 +97,12 @@ class Decoder:
                 "An adapter sits on the output head, which base and tuned model must share: take the head (lm_head) "
                 "and tied embeddings out of adapter.target_modules, modules_to_save and trainable_token_indices."
             )
+        embeddings = inner.get_input_embeddings()
+        if isinstance(embeddings, BaseTunerLayer) and embeddings.get_base_layer().weight is head.weight:
+            raise UserError(
+                "An adapter sits on the embeddings, which are tied to the output head: merged into the weights, it "
+                "would change the head too; take them (embed_tokens) out of adapter.target_modules."
+            )
         config = inner.config.get_text_config(decoder=True)
         scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
@@ -102,11 +113,15 @@ class Decoder:
     def states(self, tokens: Tokens, *, masked: bool = False) -> Tensor:
         """Last hidden states [B, T, d] of a batch, padded or packed.
 
-        masked: run the model with the attention mask even where the padding is known to be on the right.
+        masked: run the model as the official code does, with the attention mask and with positions that count padding,
+            so that the states of the padding are those that it aligns.
         """
         if tokens.packed:
             return packed_states(self.body, tokens.input_ids, tokens.spans)
-        return self.hidden(tokens.input_ids, tokens.attention_mask, right_padded=tokens.right_padded and not masked)
+        if masked:
+            mask = tokens.attention_mask.long()
+            return self.body(input_ids=tokens.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.hidden(tokens.input_ids, tokens.attention_mask, right_padded=tokens.right_padded)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, *, right_padded: bool = False) -> Tensor:
         """Last hidden states [B, T, d], after the final norm. input_ids, attention_mask: [B, T].

@@ -65,7 +65,8 @@ def load_base(
         dtype: float32, bfloat16, or auto. auto is float32, except that under mixed precision (`mixed`) the weights of
             the linear layers are stored in bfloat16: the same numbers that autocast would round them to in every
             forward pass, at half the memory and without the rounding; embeddings, norms, head and the residual stream
-            stay in float32, which keeps small KLs above the rounding noise.
+            stay in float32, which keeps small KLs above the rounding noise. What is no nn.Linear, as the experts of a
+            mixture that share one tensor, stays in float32 too: bfloat16 halves those.
         attn_implementation: of transformers; None lets it choose.
         setting: what the messages of errors call `name`.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Reference(Protocol):
         ...
 
     def states(self, decoder: Decoder, tokens: Tokens, *, masked: bool, score: Score | None = None) -> ReferenceStates:
-        """masked: run the model with the attention mask even where the padding is known to be on the right."""
+        """masked: the states of the padding count (alignment.official): see Decoder.states."""
         ...
 
 
@@ -142,6 +143,16 @@ def check_runs(model: nn.Module) -> None:
             raise UserError(
                 f"{config.peft_type.value} changes the prompt and not the layers, so there is no base model to switch "
                 "back to: set adapter=lora."
+            )
+        own = "AdaLoRA moves its ranks" if config.peft_type == PeftType.ADALORA else None
+        if getattr(config, "alora_invocation_tokens", None):
+            own = "aLoRA (adapter.alora_invocation_tokens) finds where it begins"
+        if config.peft_type in (PeftType.XLORA, PeftType.POLY):
+            own = f"{config.peft_type.value} chooses its adapters"
+        if own:
+            raise UserError(
+                f"{own} in a forward pass of peft's own, which is passed by here, so that it would train nothing or "
+                "something else: set adapter=lora."
             )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from selfaug.errors import UserError
 from selfaug.objective.schedules import Observed
@@ -82,10 +83,15 @@ class Balance:
 
     def norms(self, over_processes: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """(of the NLL, of the rest), when the weights hold the whole gradient of the step."""
-        nll = rest = 0.0
+        nll = rest = torch.zeros((), dtype=torch.float64)
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             gradient = over_processes(gradient)
             whole = torch.zeros_like(gradient) if weight.grad is None else weight.grad
-            nll += float(gradient.double().square().sum())
-            rest += float((whole - gradient).double().square().sum())
-        return math.sqrt(nll), math.sqrt(rest)
+            nll = nll.to(gradient.device) + _square(gradient)
+            rest = rest.to(gradient.device) + _square(whole - gradient)
+        return math.sqrt(float(nll)), math.sqrt(float(rest))
+
+
+def _square(gradient: Tensor) -> Tensor:
+    square: Tensor = gradient.double().square().sum()
+    return square.full_tensor() if isinstance(square, DTensor) else square

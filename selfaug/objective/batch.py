@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -111,7 +112,7 @@ class TokenBatch:
             return torch.ones_like(self.roles, dtype=torch.bool)
         return self.sources == self.source_names.index(source)
 
-    @property
+    @cached_property
     def last(self) -> Tensor | None:
         """[B, T] bool: the last token of each example of a packed batch, after which another one begins."""
         if not self.packed:

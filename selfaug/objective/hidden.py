@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from selfaug.errors import UserError
 from selfaug.model.decoder import Head, decoder_layers
 from selfaug.objective.batch import TokenBatch
-from selfaug.objective.rows import Position, alignment_rows
+from selfaug.objective.rows import Position, alignment_rows, check_boundary
 from selfaug.objective.sampling import Rows, RowSampling
 from selfaug.objective.schedules import AlphaSchedule, check_alpha
 from selfaug.objective.terms import States
@@ -83,6 +83,7 @@ class HiddenAlignment:
                     f"alignment.{name}={getattr(self, name)} is unknown: set it to one of {', '.join(get_args(known))}."
                 )
         check_alpha(self.alpha, self.schedule)
+        check_boundary(self.boundary, _ROWS[self.tokens], f"tokens={self.tokens}")
         _ = self.sampling  # refuses what it does not know
         if self.layers is not None and not (self.layers and all(isinstance(i, int) for i in self.layers)):
             raise UserError(

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from selfaug.errors import UserError
 from selfaug.objective.batch import IGNORE, Role
 
 Position = Literal["input_logits", "output_logits", "all_logits", "document_logits", "question_logits"]
@@ -60,6 +61,15 @@ def alignment_rows(
     elif position == "question_logits":
         rows &= roles == Role.QUESTION
     return rows if boundary else rows & ~_next(response)
+
+
+def check_boundary(boundary: bool, rows: Position, named: str) -> None:
+    """Raise UserError where the boundary is to be dropped from rows that it is no boundary of."""
+    if not boundary and rows in ("output_logits", "all_logits"):
+        raise UserError(
+            f"alignment.boundary=false drops the last prompt position from the input rows, and changes nothing of "
+            f"{named}: set alignment.boundary=true with it."
+        )
 
 
 def _next(mask: Tensor) -> Tensor:

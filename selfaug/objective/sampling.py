@@ -68,15 +68,17 @@ class RowSampling:
 
         scores: [B, T] from the reference pass, where `score` asks for them. draw: (seed, step).
         """
-        weights = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        importance = self._importance(batch, scores)
+        # On the host, and back in one go: hardly anything to compute, and much to decide.
+        device, mask = mask.device, mask.cpu()
+        weights = torch.zeros(mask.shape, dtype=torch.float32)
+        importance = self._importance(batch, scores).cpu()
         for span, key in batch.examples:
             here = (span.row, slice(span.start, span.stop))
             example = mask[here]
             chances = inclusion_probabilities(example * importance[here], example, self.share)
             weights[here] = systematic_weights(chances, _offset(*draw, key))
         drawn = weights > 0
-        return drawn, weights[drawn]
+        return drawn.to(device), weights[drawn].to(device)
 
     def _importance(self, batch: TokenBatch, scores: Tensor | None) -> Tensor:
         """[B, T], not negative."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selfaug.errors import UserError
 from selfaug.model.decoder import Head
 from selfaug.objective.batch import TokenBatch
-from selfaug.objective.rows import POSITIONS, Position, alignment_rows
+from selfaug.objective.rows import POSITIONS, Position, alignment_rows, check_boundary
 from selfaug.objective.sampling import Rows, RowSampling
 from selfaug.objective.schedules import AlphaSchedule, check_alpha
 from selfaug.ops import Divergence, linear_kl
@@ -138,6 +138,7 @@ class LogitAlignment:
                 "alignment.official=true means the official code's rows: set alignment.position=input_logits and "
                 "alignment.boundary=true with it."
             )
+        check_boundary(self.boundary, self.position, self.position)
         if self.official and self.source is not None:
             raise UserError(
                 "alignment.official=true counts padding, which belongs to no data source: leave the term's source out."

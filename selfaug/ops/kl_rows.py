@@ -23,7 +23,7 @@ DIVERGENCES: tuple[Divergence, ...] = ("kl_base_tuned", "kl_tuned_base")
 # than over a whole chunk, whose every pass would go to main memory.
 BLOCK_BYTES_PER_THREAD = 2**20
 # Up to here exp(D) times a probability neither overflows nor loses mass that counts: what underflows in p_tuned is
-# below 1e-38, and exp(30) = 1e13.
+# below 1e-38, and exp(30) = 1e13; what is left must not be as small itself (`_one_softmax_does`).
 LARGEST_FAST_DIFFERENCE = 30.0
 
 
@@ -105,6 +105,20 @@ def _finish_logits(
     return slope
 
 
+def _one_softmax_does(tuned: Tensor, difference: Tensor, work: Tensor) -> bool:
+    """Whether the sum over p_tuned exp(D), which is exp(logsumexp(base) - logsumexp(tuned)), is a number that the
+    terms which underflow do not count in; `work` is overwritten."""
+    low, high = torch.aminmax(difference)
+    if not high <= LARGEST_FAST_DIFFERENCE:
+        return False
+    if low >= -LARGEST_FAST_DIFFERENCE:
+        return True
+    # A single token may be far less likely for the base model, a whole row not. A logsumexp is at most log V = 13 above
+    # its row's largest logit.
+    tops = torch.add(tuned, difference, out=work).amax(-1) - tuned.amax(-1)
+    return bool(tops.amin() >= 13 - LARGEST_FAST_DIFFERENCE)
+
+
 def _finished_rows(
     tuned: Tensor, difference: Tensor, work: Tensor, divergence: Divergence, needs_gradient: bool
 ) -> Tensor:
@@ -114,8 +128,8 @@ def _finished_rows(
     Where D is 0 everywhere, both sums run over equal numbers in equal order, so value and gradient are exactly 0.
     """
     # A question to the device: fine on a CPU, too slow to ask an accelerator for every chunk.
-    small = tuned.device.type == "cpu" and bool(difference.amax() <= LARGEST_FAST_DIFFERENCE)
-    if small:  # p_base is p_tuned exp(D), normalised: one softmax instead of two
+    if tuned.device.type == "cpu" and _one_softmax_does(tuned, difference, work):
+        # p_base is p_tuned exp(D), normalised: one softmax instead of two.
         p_tuned = torch.softmax(tuned, -1, out=tuned)
         p_base = torch.exp(difference, out=work).mul_(p_tuned)
         sum_tuned, sum_base = p_tuned.sum(-1), p_base.sum(-1)

@@ -29,13 +29,18 @@ WARPS = 16
 def available(device: torch.device) -> bool:
     """Whether the kernel can be used on this device: a GPU, triton installed, and a first tiny result that is right.
     Tried once per process and device; if not, the reason is logged once."""
-    return device.type == "cuda" and _works(device)
+    try:
+        return device.type == "cuda" and _works(device)
+    except torch.OutOfMemoryError:  # says nothing about the kernel: the next call tries again
+        return False
 
 
 @functools.cache
 def _works(device: torch.device) -> bool:
     try:
         problem = _self_check(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a missing module, a compiler or a driver can raise: the op works without
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if problem:

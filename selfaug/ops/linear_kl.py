@@ -126,7 +126,7 @@ def naive_kl(
     tuned, base = head_logits(hidden, weight, bias, shape), head_logits(reference, weight.detach(), frozen_bias, shape)
     if excluded is not None:
         others = torch.ones_like(tuned, dtype=torch.bool).scatter_(1, excluded.unsqueeze(-1), False)
-        tuned, base = (logits[others].view(len(logits), -1) for logits in (tuned, base))
+        tuned, base = (logits[others].view(len(logits), logits.shape[1] - 1) for logits in (tuned, base))
     log_tuned, log_base = tuned.log_softmax(-1), base.log_softmax(-1)
     if divergence == "kl_base_tuned":
         return (log_base.exp() * (log_base - log_tuned)).sum(-1)

@@ -37,7 +37,8 @@ def linear_nll(
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be [N] with N={len(hidden)}")
     dtype = product_dtype(hidden)
-    row_bytes = (reduction_dtype(hidden).itemsize + dtype.itemsize) * len(weight)
+    accurate = reduction_dtype(hidden).itemsize * (1 if softcap is None else 2)  # with the slope of the cap
+    row_bytes = (accurate + dtype.itemsize) * len(weight)
     size = chunk_rows(len(hidden), row_bytes, hidden.device, chunk_bytes)
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         starts = range(0, max(len(hidden), 1), size)

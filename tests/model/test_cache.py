@@ -152,7 +152,7 @@ def test_computed_once(tmp_path: Path):
 TERMS = {
     "input": LogitAlignment(0.5),
     "output": LogitAlignment(0.25, "output_logits", "kl_tuned_base"),
-    "all": LogitAlignment(0.125, "all_logits", boundary=False),
+    "all": LogitAlignment(0.125, "all_logits"),
 }
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LoraConfig,
     PrefixTuningConfig,
@@ -266,6 +267,18 @@ REFUSED = {
     ),
     "prompt tuning": (lambda: _prompt(PromptTuningConfig), "^PROMPT_TUNING changes the prompt .*set adapter=lora"),
     "prefix tuning": (lambda: _prompt(PrefixTuningConfig), "^PREFIX_TUNING changes the prompt .*set adapter=lora"),
+    "tied embeddings": (
+        lambda: tiny_model("qwen2", lora={"target_modules": ["q_proj", "embed_tokens"]}),
+        r"^An adapter sits on the embeddings, which are tied .*\(embed_tokens\) out of adapter\.target_modules",
+    ),
+    "adalora": (
+        lambda: get_peft_model(tiny_model("llama"), AdaLoraConfig(init_r=4, target_r=2, total_step=9,
+                               target_modules=["q_proj"], task_type="CAUSAL_LM")),
+        "^AdaLoRA moves its ranks .*set adapter=lora",
+    ),
+    "alora": (
+        lambda: tiny_model("llama", lora={"alora_invocation_tokens": [5, 6]}), "^aLoRA .*set adapter=lora"
+    ),
     "merged": (_merged, r"^The adapters are merged into the base weights: call unmerge_adapter\(\)"),
     "no adapters": (lambda: tiny_model("llama"), "^The model has no adapters .*set adapter=lora"),
     "no adapters, all frozen": (lambda: tiny_model("llama").requires_grad_(False), "^The model has no adapters"),

@@ -173,6 +173,11 @@ def test_adaptive_schedules_move_alpha_and_keep_it(make):
     again = SelfAugModule(tiny_model(lora=True), scheduled(make()), OptimizerConfig())
     again.on_load_checkpoint(checkpoint)
     assert again.alphas(12, 24) == module.alphas(12, 24) != {"kl": 0.5}
+    plain = SelfAugModule(tiny_model(lora=True), Objective(), OptimizerConfig())
+    other: dict = {"state_dict": plain.state_dict()}
+    plain.on_save_checkpoint(other)
+    with pytest.raises(UserError, match=r"checkpoint does not fit .*no schedule of kl.*ckpt_path"):
+        again.on_load_checkpoint(other)
 
 
 def test_the_controller_holds_the_kl_in_training():

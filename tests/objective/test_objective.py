@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder
+from selfaug.model.reference import adapters_off
 from selfaug.objective import LogitAlignment, Objective, Role, TokenBatch
 from selfaug.objective.rows import POSITIONS
 from selfaug.objective.sampling import RowSampling
@@ -130,6 +131,10 @@ def test_equals_the_straightforward_computation(family):
 @pytest.mark.parametrize("boundary", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_every_setting_equals_the_straightforward_computation(family, position, divergence, boundary):
+    if not boundary and position in ("output_logits", "all_logits"):
+        with pytest.raises(UserError, match=rf"^alignment\.boundary=false .* of {position}: set"):
+            selfaug(position=position, boundary=False)
+        return
     check_against_straightforward(family, position, divergence, boundary)
 
 
@@ -243,6 +248,21 @@ def test_means_are_over_tokens_and_not_over_sequences():
     parts = [take(batch, slice(i, i + 1)) for i in range(8)]
     wrong = sum(selfaug()(decoder, part, selfaug().count(part)).loss.item() for part in parts) / 8
     assert abs(wrong / expected - 1) > 1e-3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_official_rows_see_what_the_official_code_sees(side):
+    """It calls the model with the attention mask and without positions, so that they count padding."""
+    model, batch = tiny_model(lora=True), make_batch((9, 14), (3, 5), side=side)
+    with torch.no_grad():
+        tuned = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        with adapters_off(model):
+            base = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    rows = batch.labels == -100
+    tuned, base = tuned[rows].log_softmax(-1), base[rows].log_softmax(-1)
+    expected = (base.exp() * (base - tuned)).sum(-1).mean().item()
+    found = run(selfaug(official=True), model, [batch])[1]["kl"]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_official_rows_depend_on_the_padding():

@@ -106,6 +106,18 @@ def test_the_op_asks_and_falls_back(monkeypatch, usable):
     assert bool(used) == usable
 
 
+def test_no_memory_for_the_self_check_decides_nothing(monkeypatch, undecided):
+    found = iter([torch.OutOfMemoryError("full"), None])
+
+    def check(device):
+        if (outcome := next(found)) is not None:
+            raise outcome
+
+    monkeypatch.setattr(kl_triton, "_self_check", check)
+    assert not kl_triton.available(torch.device("cuda"))
+    assert kl_triton.available(torch.device("cuda"))
+
+
 def test_the_self_check_accepts_a_right_kernel(pretend_kernel):
     assert kl_triton._self_check(torch.device("cpu")) is None
     assert kl_triton._works(torch.device("cpu"))

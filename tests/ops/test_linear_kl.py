@@ -262,6 +262,8 @@ def test_reductions(divergence):
 def test_no_rows_give_zero_and_keep_the_graph(impl, head_trains, reduction):
     case = make_case(0, bias=True, softcap=3.0)
     case.head["weight"].requires_grad_(head_trains)
+    none = torch.zeros(0, dtype=torch.long)
+    assert linear_kl(case.hidden, case.reference, impl=impl, reduction="sum", excluded=none, **case.head) == 0
     found = linear_kl(case.hidden, case.reference, impl=impl, reduction=reduction, **case.head)
     assert found.shape == (() if reduction != "none" else (0,))
     assert found.sum() == 0
@@ -477,3 +479,28 @@ def test_wrong_arguments_are_named():
     for message, tensors, settings in wrong:
         with pytest.raises(ValueError, match=message):
             linear_kl(*tensors, **settings)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("tuned", "base"),
+    [
+        ([500.0, 500.0, 501.0], [0.0, 0.0, 1.0]),
+        ([110.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
+        ([0.0, 0.0, 60.0], [0.0, 40.0, 0.0]),
+    ],
+    ids=["a common shift", "all of the mass", "to and fro"],
+)
+def test_logits_that_are_far_apart(tuned, base, divergence):
+    """One softmax would not do: what it leaves of the base model's distribution is nothing."""
+    hidden = torch.tensor([tuned, [1.0, 2.0, 3.0]], requires_grad=True)
+    reference, head = torch.tensor([base, [1.0, 2.0, 2.0]]), torch.eye(3)
+    value = linear_kl(hidden, reference, head, divergence=divergence, reduction="none")
+    (gradient,) = torch.autograd.grad(value.sum(), hidden)
+    exact = hidden.detach().double().requires_grad_()
+    log_tuned, log_base = exact.log_softmax(-1), reference.double().log_softmax(-1)
+    one, other = (log_base, log_tuned) if divergence == "kl_base_tuned" else (log_tuned, log_base)
+    expected = (one.exp() * (one - other)).sum(-1)
+    (wanted,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-6)

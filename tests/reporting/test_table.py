@@ -201,7 +201,8 @@ def test_no_column_of_perplexity_where_none_was_measured():
     own = run(0.5)
     del own.drift["instructions"]["perplexity"]
     table = as_markdown([own])
-    assert "wiki Perplexity ratio" in table and "instructions KL" in table
+    assert "wiki Perplexity ratio" in table
+    assert "instructions KL" in table
     assert "instructions Perplexity ratio" not in table
 
 
