@@ -51,7 +51,7 @@ def _train(config: DictConfig, run: RunDirectory) -> Any:
         for leftover in (run.results, run.path / "fit.json", run.path / "run.json", run.path / "metrics.csv"):
             leftover.unlink(missing_ok=True)
     data = build.data(config)
-    run.claim(config, build.with_method_texts(config, data.fingerprint))
+    run.claim(config, build.with_method_texts(config, data.fingerprint), build.precision(config).name)
     if run.finished:
         log.info("this run is finished: %s (force=true does it again)", run.path)
         return read_results(run.results)

@@ -245,11 +245,11 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def environment(device: str | None = None) -> dict[str, Any]:
+def environment(device: str | None = None, precision: str | None = None) -> dict[str, Any]:
     """Versions and hardware kind: no user, host, path or environment variable.
 
     `device` is the accelerator's name (from torch.cuda.get_device_name, say), passed in so that reading a report
-    does not import torch.
+    does not import torch. `precision` is what `trainer.precision=auto` has come to there.
     """
     versions = {package: _version(package) for package in ("torch", "transformers", "peft", "lightning")}
     # What this process may use: in a container os.cpu_count() is the machine's.
@@ -260,6 +260,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         **versions,
         "device": device or "cpu",
         "cpu_count": cpus,
+        "precision": precision,
     }
 
 

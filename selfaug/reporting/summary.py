@@ -73,6 +73,12 @@ def findings(found: Comparison) -> list[str]:
             sentences.append(f"{name}, {label} is told apart from every other row.")
     if len(found.rows) > 1 and _one_seed(found):
         sentences.append("Every row is one seed, so nothing here speaks about other seeds: train with three or more.")
+    precisions = {run.environment.get("precision") for run in found.results} - {None}  # older results do not say
+    if len(precisions) > 1:
+        sentences.append(
+            f"Runs were computed in different precisions ({', '.join(sorted(map(str, precisions)))}), whose roundings "
+            "are in the differences: set trainer.precision to one of them."
+        )
     return sentences
 
 

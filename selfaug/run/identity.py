@@ -88,7 +88,7 @@ class RunDirectory:
     """The files of one run.
 
     config.yaml      the resolved configuration
-    run.json         what the run was started on (fingerprint of the data)
+    run.json         what the run was started on (fingerprint of the data) and in (precision)
     metrics.csv      what was logged, by step
     prepared/        what the method has measured before its first step, if it does
     checkpoints/     for resuming; trainable weights, optimiser and loops only
@@ -161,18 +161,28 @@ class RunDirectory:
         finally:
             lock.release()
 
-    def claim(self, config: DictConfig, data_fingerprint: str) -> None:
-        """Write config.yaml and run.json, or check them against those of the run that is to be resumed."""
+    def claim(self, config: DictConfig, data_fingerprint: str, precision: str) -> None:
+        """Write config.yaml and run.json, or check them against those of the run that is to be resumed.
+
+        precision: what trainer.precision=auto has come to on this machine, which may not be the one it was started on.
+        """
         started = self.path / "run.json"
         if started.is_file():
-            before = json.loads(started.read_text())["data_fingerprint"]
-            if before != data_fingerprint:
+            before = json.loads(started.read_text())
+            if before["data_fingerprint"] != data_fingerprint:
                 raise UserError(
                     f"The data has changed since the run in {self.path} was started: delete that directory, or set "
                     "paths.runs_dir to another one."
                 )
+            if before.get("precision", precision) != precision and not self.finished:
+                log.warning(
+                    "this run was started in %s and goes on in %s, so it is not quite what it would have been: set "
+                    "trainer.precision=%s to keep to one",
+                    before["precision"], precision, before["precision"],
+                )  # fmt: skip
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        write_json(started, {"data_fingerprint": data_fingerprint})
+        if not self.finished:
+            write_json(started, {"data_fingerprint": data_fingerprint, "precision": precision})
 
     def read_fit(self) -> dict[str, Any]:
         return json.loads((self.path / "fit.json").read_text())

@@ -150,7 +150,9 @@ def as_results(config: DictConfig, measured: Measured, data: RagDataModule | Non
         time={"fit_s": None, "evaluate_s": None, "total_s": None},
         speed={"train_tokens_per_s": None},
         memory={"peak_bytes": None},
-        environment=environment(torch.cuda.get_device_name(where) if where.type == "cuda" else None),
+        environment=environment(
+            torch.cuda.get_device_name(where) if where.type == "cuda" else None, build.precision(config).name
+        ),
         samples=measured.samples,
         token_kl=measured.token_kl,
     )

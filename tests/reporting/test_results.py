@@ -269,10 +269,11 @@ def test_code_version(tmp_path, monkeypatch):
 
 def test_environment_names_no_person_and_no_machine(monkeypatch):
     monkeypatch.setenv("SOME_VARIABLE", "some-value-of-the-environment")
-    found = environment("NVIDIA H100")
+    found = environment("NVIDIA H100", "bf16-mixed")
     assert found["python"] == platform.python_version()
     assert found["device"] == "NVIDIA H100"
     assert environment()["device"] == "cpu"
+    assert found["precision"] == "bf16-mixed"
     assert found["cpu_count"] >= 1
     assert {"torch", "transformers", "peft", "lightning"} <= set(found)
     texts = [str(value) for value in found.values()]

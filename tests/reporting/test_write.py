@@ -375,6 +375,14 @@ def test_findings_name_what_cannot_be_told_apart():
     assert "In drift, position=input_logits beats plain LoRA: dialogues KL(base||tuned) -0.18" in text
 
 
+def test_findings_say_that_precisions_differ():
+    runs = ablation()
+    assert "precision" not in " ".join(findings(Comparison(runs)))
+    for run, name in zip(runs, ("bf16-mixed", "bf16-mixed", "32-true"), strict=False):
+        run.environment = {**run.environment, "precision": name}
+    assert "different precisions (32-true, bf16-mixed)" in " ".join(findings(Comparison(runs)))
+
+
 def test_headline_of_little():
     assert headline(Comparison([])) == "No run has finished."
     assert "scores F1" in headline(Comparison([made_up()]))

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from selfaug.run import build
+from selfaug.run.identity import RunDirectory
 from tests.run.conftest import Runs
 
 SHORT = "trainer.max_steps=2"
@@ -48,3 +50,18 @@ def test_attention_that_no_cpu_runs_is_verified_where_it_trains(runs: Runs, monk
     directory: Path = runs.done(SHORT, "data.packing=true")
     assert moments == [(True, True)]  # once, in the fit
     assert (directory / "adapter").exists()
+
+
+def test_going_on_in_another_precision_is_said(tmp_path, caplog):
+    """trainer.precision=auto is the machine's choice, and a run may go on on another machine."""
+    run = RunDirectory(tmp_path)
+    config = OmegaConf.create({"seed": 1})
+    run.claim(config, "data", "bf16-mixed")
+    run.claim(config, "data", "bf16-mixed")
+    assert not caplog.records
+    run.claim(config, "data", "32-true")
+    assert "started in bf16-mixed and goes on in 32-true" in caplog.text
+    caplog.clear()
+    (tmp_path / "results.json").touch()  # finished: nothing goes on
+    run.claim(config, "data", "bf16-mixed")
+    assert not caplog.records
