@@ -176,10 +176,10 @@ def test_step_rows_make_micro_batches_one_step(size, settings):
 def test_a_share_of_the_rows():
     model, tensors = tiny_model(lora=True), random_batch((9, 14, 6), (3, 5, 2))
     full = selfaug_loss(model, *tensors)
-    draws = [selfaug_loss(model, *tensors, rows="random", share=0.25, draw=(1, step)) for step in range(400)]
+    draws = [selfaug_loss(model, *tensors, rows="random", share=0.25, draw=(1, step)) for step in range(150)]
     assert all(loss.rows == full.rows and loss.nll == full.nll for loss in draws)
     kls = torch.stack([loss.kl for loss in draws]).detach()
-    assert kls.unique().numel() > 20
+    assert kls.unique().numel() > 15
     assert abs(kls.mean() - full.kl.item()) < 4 * kls.std() / len(kls) ** 0.5
     again = selfaug_loss(model, *tensors, rows="random", share=0.25, draw=(1, 7))
     assert again.kl == draws[7].kl
