@@ -1,7 +1,10 @@
 """Invariant 10: a run that names no hub model or data set opens no connection and looks up no host."""
 
+import json
 import subprocess
-from pathlib import Path
+import sys
+
+import pytest
 
 from tests.workspace import Workspace
 
@@ -27,23 +30,50 @@ time.sleep = lambda seconds: None
 """
 
 
-def blocked_train(workspace: Workspace, *overrides: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The finished command, and the file that names what it tried to reach (absent if nothing)."""
+# The commands one after the other; how each of them ended, and what has been written down by then.
+ONE_AFTER_THE_OTHER = """
+import json, os, runpy, sys
+from pathlib import Path
+
+log, found = Path(os.environ["NETWORK_LOG"]), []
+for sys.argv in json.loads(sys.argv[1]):
+    status = 0
+    try:
+        runpy.run_module("selfaug.train", run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        status = error.code
+    found.append({"status": status, "reached": log.read_text() if log.exists() else ""})
+log.with_suffix(".json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def blocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
+    """Of a process that cannot reach the network: a run that names a folder, then one that names a hub model; how each
+    ended and what was tried to reach until then, and what the process said."""
+    workspace = Workspace(tmp_path_factory.mktemp("blocked"))
     blocker, log = workspace.path / "blocker", workspace.path / "network.log"
     blocker.mkdir()
     (blocker / "sitecustomize.py").write_text(BLOCK)
     path = f"{blocker}:{workspace.environment()['PYTHONPATH']}"
-    return workspace.train(*overrides, PYTHONPATH=path, NETWORK_LOG=str(log), HF_HUB_OFFLINE="0"), log
-
-
-def test_training_and_scoring_need_no_network(tmp_path):
-    done, log = blocked_train(Workspace(tmp_path), "trainer.max_steps=1")
+    commands = [workspace.command(override)[2:] for override in ("trainer.max_steps=1", "model.name=nobody/nothing")]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(commands)], cwd=workspace.path,
+        env=workspace.environment(PYTHONPATH=path, NETWORK_LOG=str(log), HF_HUB_OFFLINE="0"), capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert not log.exists(), log.read_text()
+    return json.loads(log.with_suffix(".json").read_text()), done.stderr
 
 
-def test_the_block_works(tmp_path):
-    done, log = blocked_train(Workspace(tmp_path), "model.name=nobody/nothing")
-    assert done.returncode == 1
-    assert "the hub cannot be reached" in done.stderr
-    assert log.exists()
+def test_training_and_scoring_need_no_network(blocked: tuple[list[dict], str]):
+    (local, _), stderr = blocked
+    assert local["status"] == 0, stderr
+    assert local["reached"] == ""
+
+
+def test_the_block_works(blocked: tuple[list[dict], str]):
+    (_, hub), stderr = blocked
+    assert hub["status"] == 1
+    assert "the hub cannot be reached" in stderr
+    assert hub["reached"]

@@ -1,15 +1,16 @@
 """The reference cache: the base model's states, exactly, whoever filled it; nothing damaged or foreign is ever used."""
 
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +29,7 @@ from selfaug.model.entries import DiskEntries, MemoryEntries
 from selfaug.model.reference import AdaptersOff
 from selfaug.objective import LogitAlignment, Objective, TokenBatch
 from selfaug.objective.batch import Role, Span
+from tests.run import warm  # noqa: F401  (its processes have what takes long to import)
 from tests.tiny import FAMILIES, HIDDEN, random_batch, tiny_model
 
 LENGTHS, RESPONSES = (9, 14, 6), (3, 5, 2)
@@ -95,10 +97,10 @@ def test_one_example_has_the_same_bits_as_uncached(family, autocast, tmp_path: P
     model = tiny_model(family, lora={"lora_dropout": 0.1}, attention_dropout=0.1)
     batch = padded()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        each = [alone(batch, i) for i in range(3)]
+        uncached = [AdaptersOff().states(Decoder(model), one, masked=False).hidden for one in each]
         for cache in (on_disk(tmp_path), on_disk(tmp_path), CachedReference(MemoryEntries())):
-            for i in range(3):
-                one = alone(batch, i)
-                expected = AdaptersOff().states(Decoder(model), one, masked=False).hidden
+            for one, expected in zip(each, uncached, strict=True):
                 for _ in range(2):
                     found = states(cache, model, one).hidden
                     assert found.dtype == expected.dtype
@@ -502,43 +504,42 @@ def test_one_cache_keeps_two_models_apart():
 
 # --- killed, and several processes --------------------------------------------------------------------------------
 
-FILL = """
-import os, signal, sys, torch
-from pathlib import Path
-from selfaug.model.decoder import Decoder
-from selfaug.model.entries import DiskEntries
-from tests.model.test_cache import entry_of, many, on_disk, passes
-from tests.tiny import tiny_model
-torch.set_num_threads(1)
-directory, kill_at, rewrites = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-write, written = Path.write_bytes, []
-def killed(path, content):
-    written.append(path)
-    if len(written) == kill_at:
-        write(path, content[: len(content) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, content)
-Path.write_bytes = killed
-model = tiny_model(lora=True)
-print("ready", flush=True)
-sys.stdin.readline()
-with passes() as lengths:
-    on_disk(directory).fill(Decoder(model), many(), progress=False)
-print(len(lengths), flush=True)
-file = min(directory.rglob("*.safetensors"))
-for _ in range(rewrites):
-    entries = DiskEntries(directory)
-    entries.put(*entry_of(file)[:2], entries.get(*entry_of(file)))
-"""
+
+def fill(directory: Path, kill_at: int, rewrites: int, told: Connection) -> None:
+    """In a process of its own: fill `directory` once it is told to, and be killed in the middle of write number
+    `kill_at`; or write one entry again so many times."""
+    torch.set_num_threads(1)
+    write, written = Path.write_bytes, []
+
+    def killed(path, content):
+        written.append(path)
+        if len(written) == kill_at:
+            write(path, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, content)
+
+    model = tiny_model(lora=True)
+    told.send("ready")
+    told.recv()
+    with mock.patch.object(Path, "write_bytes", killed):
+        with passes() as lengths:
+            on_disk(directory).fill(Decoder(model), many(), progress=False)
+        told.send(len(lengths))
+        file = min(directory.rglob("*.safetensors"))
+        for _ in range(rewrites):
+            entries = DiskEntries(directory)
+            entries.put(*entry_of(file)[:2], entries.get(*entry_of(file)))
 
 
-def filling(directory: Path, kill_at: int = 0, rewrites: int = 0) -> subprocess.Popen:
-    """A process that fills `directory` once it is told to, and is killed in the middle of its write number `kill_at`;
-    or that writes one entry again so many times."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", FILL, str(directory), str(kill_at), str(rewrites)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def filling(directory: Path, kill_at: int = 0, rewrites: int = 0) -> tuple[BaseProcess, Connection]:
+    """A process that calls `fill`, and a way to tell it to and to hear from it."""
+    processes = multiprocessing.get_context("forkserver")
+    told, its = processes.Pipe()
+    process = processes.Process(target=fill, args=(directory, kill_at, rewrites, its))
+    process.start()
+    its.close()
+    assert told.recv() == "ready"
+    return process, told
 
 
 @pytest.fixture(scope="module")
@@ -555,9 +556,10 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_killed_while_writing_goes_on_where_it_was(tmp_path: Path, filled):
-    process = filling(tmp_path, kill_at=12)
-    process.communicate("\n", timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    process, told = filling(tmp_path, kill_at=12)
+    told.send("go")
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     (half,) = (file for file in files(tmp_path) if file.suffix == ".tmp")
     assert half.stat().st_size > 0
     left = contents(tmp_path)
@@ -576,20 +578,17 @@ def test_killed_while_writing_goes_on_where_it_was(tmp_path: Path, filled):
 def test_two_processes_that_fill_at_once(tmp_path: Path, filled):
     """And then write the same entry again and again, which a third one reads."""
     both = [filling(tmp_path, rewrites=60) for _ in range(2)]
-    for process in both:
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    computed = [int(process.stdout.readline()) for process in both]
+    for _, told in both:
+        told.send("go")
+    computed = [told.recv() for _, told in both]
     assert 30 <= sum(computed) <= 60
     assert min(computed) > 0
     written, reads = min(tmp_path.rglob("*.safetensors")), 0
-    while any(process.poll() is None for process in both):
+    while any(process.is_alive() for process, _ in both):
         assert DiskEntries(tmp_path).get(*entry_of(written)) is not None
         reads += 1
     assert reads > 3
-    assert [process.wait() for process in both] == [0, 0]
+    assert [process.exitcode for process, _ in both] == [0, 0]
     assert contents(tmp_path) == filled
 
 

@@ -36,11 +36,10 @@ def selfaug(**settings):
 
 @each_attention
 def test_a_step_has_one_loss_and_one_gradient_however_it_is_batched(family, name):
-    steps = batchings(make_rows())
-    expected = outcome(make_model(family, name), selfaug(), steps.pop("one by one"))
+    steps, model = batchings(make_rows()), make_model(family, name)
+    expected = outcome(model, selfaug(), steps.pop("one by one"))
     for batches in steps.values():
-        found = outcome(make_model(family, name), selfaug(), batches)
-        assert_same_outcome(found, expected)
+        assert_same_outcome(outcome(model, selfaug(), batches), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,11 +165,11 @@ def test_the_same_rows_are_drawn_padded_and_packed(kind):
 
 @pytest.mark.parametrize("kind", ["random", "attention", "document_rank"])
 def test_sampled_losses_are_the_same_however_they_are_batched(kind):
-    steps = batchings(make_rows((40, 23, 1, 31)))
+    steps, model = batchings(make_rows((40, 23, 1, 31))), make_model("qwen2", "sdpa")
     objective = Objective({"kl": LogitAlignment(0.5, rows=kind, share=0.3)})
-    expected = outcome(make_model("qwen2", "sdpa"), objective, steps.pop("one by one"), draw=(1, 7))
+    expected = outcome(model, objective, steps.pop("one by one"), draw=(1, 7))
     for batches in steps.values():
-        assert_same_outcome(outcome(make_model("qwen2", "sdpa"), objective, batches, draw=(1, 7)), expected, 1e-4)
+        assert_same_outcome(outcome(model, objective, batches, draw=(1, 7)), expected, 1e-4)
 
 
 def test_official_rows_are_refused():

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from selfaug import train
@@ -43,9 +44,13 @@ class Runs(Workspace):
     def inline(self, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """As train(), but in this process."""
         command = self.command(*overrides)
+        # Hydra composes every configuration twice, the first time for hydra.mode, which experiments alone set.
+        asks = any("experiment=" in one or one.startswith("hydra.mode") for one in overrides)
+        mode = contextlib.nullcontext() if asks else mock.patch.object(Hydra, "get_mode", return_value=None)
         out, err, status = io.StringIO(), io.StringIO(), 0
         with (
             _restored(),
+            mode,
             mock.patch.dict(os.environ, self.environment(**variables)),
             mock.patch.object(sys, "argv", command[2:]),
             mock.patch.object(launch, "Popen", Warm),  # workers of several processes

@@ -1,10 +1,10 @@
 """Runs with the reference cache: the same adapter whoever filled it, filled once for a sweep, refused in a sentence."""
 
+import copy
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from selfaug.model import cache as cache_module
@@ -21,10 +22,11 @@ from selfaug.run.identity import config_hash, register_resolvers
 from tests.run.conftest import Runs
 from tests.run.test_errors import refused
 from tests.run.test_resume import adapter, metrics, same, stop
-from tests.run.test_same import relative_error
+from tests.run.test_same import UNSCORED, relative_error
 
-# Two epochs of 10 steps each, validation within them.
-LONG = ("trainer.max_epochs=2", "trainer.val_check_interval=5", "adapter.lora_dropout=0.1",
+# Two epochs of 5 steps each, the last one smaller, validation within them.
+SMALL = "data.source.test_share=0.6"
+LONG = (SMALL, "trainer.max_epochs=2", "trainer.val_check_interval=3", "adapter.lora_dropout=0.1",
         "callbacks.checkpoint_every_n_steps=4")  # fmt: skip
 
 
@@ -95,64 +97,62 @@ def test_an_uncached_run_differs_by_rounding_and_has_another_name(cold: tuple[Pa
                 assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-3, abs=1e-6)
 
 
-def test_a_sweep_over_alpha_seed_and_rank_fills_once(runs: Runs, tmp_path: Path):
+def test_a_sweep_over_alpha_seed_rank_and_position_fills_once(runs: Runs, tmp_path: Path):
+    setting = ("data.source.test_share=0.7", *UNSCORED, *disk(tmp_path / "cache"))
     with passes() as keys:
-        swept = runs.inline(
-            "-m", "alignment.alpha=0.1,0.5", "adapter.r=2,4", "trainer.max_steps=3", *disk(tmp_path / "cache")
-        )  # fmt: skip
-        other = runs.inline("alignment=all_logits", "seed=2", "trainer.max_steps=3", *disk(tmp_path / "cache"))
+        swept = runs.inline("-m", "alignment.alpha=0.1,0.5", *setting)
+        other = runs.inline("alignment=all_logits", "seed=2", "adapter.r=2", *setting)
     assert (swept.returncode, other.returncode) == (0, 0), swept.stderr + other.stderr
-    assert len(runs.directories()) == 5
+    assert len(runs.directories()) == 3
     assert len(keys) == len(set(keys)) == len(entries(tmp_path / "cache"))
+    assert {used(directory) for directory in runs.directories()} == {len(keys)}  # each saw all of them
 
 
 def test_a_short_run_fills_only_what_it_will_see(runs: Runs, tmp_path: Path):
-    setting = ("trainer.max_steps=2", "trainer.limit_val_batches=0", *disk(tmp_path / "cache"))
+    setting = ("trainer.max_steps=2", "trainer.limit_val_batches=0", *UNSCORED, *disk(tmp_path / "cache"))
     with passes() as keys:
         run = runs.done(*setting)
     assert len(keys) == 2 * 4 < used(run)
     assert len(entries(tmp_path / "cache")) == 8
 
 
-def test_killed_in_training_and_resumed_is_never_killed(cold: tuple[Path, Path], runs: Runs, tmp_path: Path):
+def killed_at_entry(number: int, runs: Runs, setting: tuple[str, ...]) -> None:
+    """To be called in a process of its own, which is killed when it would keep entry `number` of the cache."""
+    real, kept = os.replace, []
+
+    def replace(source, target):
+        if Path(target).suffix == ".safetensors":
+            kept.append(target)
+            if len(kept) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(source, target)
+
+    with mock.patch.object(os, "replace", replace):
+        runs.inline(*setting)
+
+
+def test_killed_while_filling_and_in_training_and_resumed_is_never_killed(
+    cold: tuple[Path, Path], runs: Runs, tmp_path: Path
+):
     setting = (*LONG, *disk(tmp_path / "cache"))
-    assert stop(runs, 4, signal.SIGKILL, *setting).returncode == -signal.SIGKILL
+    process = multiprocessing.get_context("forkserver").Process(target=killed_at_entry, args=(6, runs, setting))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == -signal.SIGKILL
+    first = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in entries(tmp_path / "cache")}
+    assert len(first) == 5
+
+    killed = stop(runs, 4, signal.SIGKILL, *setting)
+    assert killed.returncode == -signal.SIGKILL
+    assert f"for {used(cold[0])} examples, {used(cold[0]) - 5} of them to be computed" in killed.stdout
+    assert {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in first} == first
+    assert len(entries(tmp_path / "cache")) == used(cold[0])
+
     with passes() as keys:
         result = runs.inline(*setting)
     assert result.returncode == 0, result.stderr
     assert "resuming from" in result.stdout
     assert keys == []
-    same(runs.only(), cold[0])
-
-
-def test_killed_while_filling_goes_on(cold: tuple[Path, Path], runs: Runs, tmp_path: Path):
-    setting = (*LONG, *disk(tmp_path / "cache"))
-    # It stops after the fifth entry, and is killed there.
-    slow = tmp_path / "sitecustomize.py"
-    slow.write_text(
-        "import os, time\nreplace, count = os.replace, []\n"
-        "def slow(source, target):\n"
-        "    if 'safetensors' in str(target):\n"
-        "        count.append(target)\n"
-        "        if len(count) > 5: time.sleep(300)\n"
-        "    return replace(source, target)\n"
-        "os.replace = slow\n"
-    )
-    path = os.pathsep.join([str(tmp_path), runs.environment()["PYTHONPATH"]])
-    with subprocess.Popen(
-        runs.command(*setting), cwd=runs.path, env=runs.environment(PYTHONPATH=path),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        while process.poll() is None and len(entries(tmp_path / "cache")) < 5:
-            time.sleep(0.01)
-        process.kill()
-        process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert len(entries(tmp_path / "cache")) == 5
-    with passes() as keys:
-        result = runs.inline(*setting)
-    assert result.returncode == 0, result.stderr
-    assert len(keys) == used(cold[0]) - 5
     same(runs.only(), cold[0])
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_entry_changes_nothing(cold: tuple[Path, Path], runs: Runs, tm
 
 
 # Steps that do not divide evenly over two processes, epochs in which they see other examples.
-UNEVEN = ("trainer.max_epochs=2", "data.batch_size=5")
+UNEVEN = (SMALL, "trainer.max_epochs=2", "data.batch_size=5", *UNSCORED)
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +183,9 @@ def single(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace.into(tmp_path_factory.mktemp("single")).done(*UNEVEN, "reference.cache=memory")
 
 
-@pytest.mark.parametrize(("strategy", "where"), [("ddp", "disk"), ("fsdp", "disk"), ("fsdp", "memory")])
+@pytest.mark.parametrize(("strategy", "where"), [("ddp", "disk"), ("fsdp", "memory")])
 def test_two_processes_equal_one(single: Path, runs: Runs, tmp_path: Path, strategy: str, where: str):
+    """A sharded model that fills a disk: test_full.py."""
     run = runs.done(*UNEVEN, f"trainer={strategy}", *disk(tmp_path / "cache"), f"reference.cache={where}")
     assert len(entries(tmp_path / "cache")) == (used(run) if where == "disk" else 0)
     name = "adapter/adapter_model.safetensors"
@@ -193,10 +194,12 @@ def test_two_processes_equal_one(single: Path, runs: Runs, tmp_path: Path, strat
 
 @pytest.mark.parametrize("rows", ["entropy", "attention"])
 def test_scores_are_cached_with_the_states(runs: Runs, tmp_path: Path, rows: str):
-    setting = (f"alignment.rows={rows}", "alignment.share=0.5", "trainer.max_steps=4", *disk(tmp_path / "cache"))
+    setting = (f"alignment.rows={rows}", "alignment.share=0.5", SMALL, *UNSCORED, *disk(tmp_path / "cache"))
     first = runs.done(*setting)
     files = entries(tmp_path / "cache")
-    assert sum("-states" in file.name for file in files) == sum(f"-{rows}" in file.name for file in files) > 16
+    assert (
+        sum("-states" in file.name for file in files) == sum(f"-{rows}" in file.name for file in files) == used(first)
+    )
     with passes() as keys:
         again = runs.into(tmp_path / "again").done(*setting)
     assert keys == []
@@ -204,7 +207,7 @@ def test_scores_are_cached_with_the_states(runs: Runs, tmp_path: Path, rows: str
 
 
 def test_the_cache_is_filled_under_the_autocast_of_the_training(runs: Runs, tmp_path: Path):
-    setting = ("trainer.precision=bf16-mixed", "trainer.max_steps=4", *disk(tmp_path / "cache"))
+    setting = ("trainer.precision=bf16-mixed", "trainer.max_steps=4", *UNSCORED, *disk(tmp_path / "cache"))
     with passes() as keys:
         run = runs.done(*setting)
     assert len(keys) == len(set(keys)) == len(entries(tmp_path / "cache")) == 4 * 4 + 4
@@ -217,7 +220,7 @@ def test_the_cache_is_filled_under_the_autocast_of_the_training(runs: Runs, tmp_
 
 def test_packed_batches_find_the_same_entries(cold: tuple[Path, Path], runs: Runs):
     with passes() as keys:
-        runs.done(*LONG, "data.packing=true", *disk(cold[1]))
+        runs.done(*LONG, *UNSCORED, "trainer.max_epochs=1", "data.packing=true", *disk(cold[1]))
     assert keys == []
 
 
@@ -240,23 +243,29 @@ def test_what_does_not_fit_is_one_sentence(runs: Runs, tmp_path: Path):
 # --- the name of a run ----------------------------------------------------------------------------------------------
 
 
-def hashed(*overrides: str) -> str:
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_module("selfaug.conf", version_base="1.3"):
-        return config_hash(compose("train", overrides=list(overrides)))
+def hashed(config: DictConfig, **reference: object) -> str:
+    changed = copy.deepcopy(config)
+    changed.reference.update(reference)
+    return config_hash(changed)
 
 
 def test_a_run_is_cached_or_not_and_where_does_not_count():
-    uncached, cached = hashed(), hashed("reference.cache=disk")
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("selfaug.conf", version_base="1.3"):
+        config, lora, on_disk = (
+            compose("train", overrides=list(one)) for one in ((), ("method=lora",), ("reference.cache=disk",))
+        )
+    uncached, cached = hashed(config), hashed(on_disk)
     assert cached != uncached
-    assert {hashed("reference.cache=off"), hashed("reference.cache=false")} == {uncached}
-    for same_result in ("reference.cache=memory", "reference.limit_gb=1", "reference.directory=/elsewhere"):
-        assert hashed("reference.cache=disk", same_result) == cached
-    assert hashed("method=lora", "reference.cache=disk") == hashed("method=lora")
-    assert hashed("reference.limit_gb=1") == uncached
+    assert hashed(config, cache="disk") == cached
+    assert {hashed(config, cache="off"), hashed(config, cache=False)} == {uncached}
+    for same_result in ({"cache": "memory"}, {"limit_gb": 1}, {"directory": "/elsewhere"}):
+        assert hashed(on_disk, **same_result) == cached
+    assert hashed(lora, cache="disk") == hashed(lora)
+    assert hashed(config, limit_gb=1) == uncached
 
 
 def test_plain_lora_keeps_nothing(runs: Runs, tmp_path: Path):
-    runs.done("method=lora", "trainer.max_steps=2", *disk(tmp_path / "cache"))
+    runs.done("method=lora", "trainer.max_steps=2", *UNSCORED, *disk(tmp_path / "cache"))
     assert entries(tmp_path / "cache") == []

@@ -26,7 +26,7 @@ QUICK = ("evaluation.rag=null", "evaluation.drift=null", "trainer.max_steps=3", 
 
 
 @pytest.fixture(scope="module")
-def talkative(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def talkative(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A workspace whose model ends a text now and then: every fifth of its tokens ends one."""
     runs = Runs(tmp_path_factory.mktemp("talkative"))
     settings = json.loads((runs.path / "model/generation_config.json").read_text())
@@ -77,7 +77,7 @@ def test_dialogues(talk: Runs, tmp_path: Path):
 
 
 def test_killed_and_resumed(talk: Runs, tmp_path: Path):
-    wanted = ["self_dialogues.number=120", "self_dialogues=bait", "self_dialogues.turns=2"]
+    wanted = ["self_dialogues.number=40", "self_dialogues=bait", "self_dialogues.turns=2"]
     shared = [one for one in talk.overrides() if one.startswith(("model", "trainer", "progress"))]
     process = Warm(
         [sys.executable, "-m", "selfaug.dialogues", *shared, *SHORT, *wanted],

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from selfaug.run import launch, ranks
 from tests.run.conftest import Runs
 from tests.run.test_resume import newest_step, stop
 from tests.run.test_same import relative_error
+from tests.run.warm import Warm
 
 # 5 examples a step, 2 of them in a micro-batch: 3 micro-batches for 2 processes; the last step has 2 examples.
 UNEVEN = ("data.batch_size=5", "trainer.val_check_interval=5")
+UNSCORED = ("evaluation.rag=null", "evaluation.drift=null")  # the first process scores alone
 # ... and other data mixed in, with a term of its own and SelfAug's on the task's.
 MIXED = (
-    *UNEVEN, "method=replay_kl", "mixture@data.mixture.replay=jsonl", "data.mixture.replay.source.path=dialogues.jsonl",
+    *UNEVEN, *UNSCORED, "method=replay_kl", "data.limit_train=17", "mixture@data.mixture.replay=jsonl",
+    "data.mixture.replay.source.path=dialogues.jsonl",
     "data.batch_counts=all", "method.ratio=0.3", "data.mixture.replay.nll=true", "+alignment.source=task",
     "+method.terms.kl=${alignment}",
 )  # fmt: skip
@@ -40,7 +44,7 @@ def test_two_processes_equal_one(single: Path, runs: Runs, strategy: str):
     name = "adapter/adapter_model.safetensors"
     assert relative_error(load_file(single / name), load_file(directory / name)) < 1e-4
     one, two = rows(single), rows(directory)
-    assert len(one) == len(two) >= 9
+    assert len(one) == len(two) >= 5
     for row, other in zip(one, two, strict=True):
         measured = {key for key, value in row.items() if value and not key.startswith("speed/")}
         assert measured == {key for key, value in other.items() if value and not key.startswith("speed/")}
@@ -51,13 +55,23 @@ def test_two_processes_equal_one(single: Path, runs: Runs, strategy: str):
     assert {"train/kl", "train/replay_kl", "train/nll_task", "train/nll_replay"} <= one[1].keys()
 
 
-def test_an_error_in_a_worker_is_one_sentence(runs: Runs):
-    result = runs.train("trainer=ddp", "+optimizer.lrr=1", "trainer.max_steps=2")
+def test_an_error_in_a_worker_is_one_sentence(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    workers: list[Warm] = []
+
+    def start(command: list[str], env: dict[str, str]) -> Warm:
+        workers.append(Warm(command, env=env, stdout=subprocess.PIPE))
+        return workers[-1]
+
+    monkeypatch.setattr("tests.run.conftest.Warm", start)
+    # What is wrong is found once the model is loaded, and only the workers load it.
+    result = runs.inline("trainer=ddp", "adapter.target_modules=[nothing]", "trainer.max_steps=2")
     assert result.returncode == 1
-    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("selfaug: ")]
-    assert "optimizer" in sentence
-    assert "lrr" in sentence
-    assert "Traceback" not in result.stdout + result.stderr
+    printed = [result.stdout, result.stderr, *(text for worker in workers for text in worker.communicate())]
+    (sentence,) = [line for text in printed for line in text.splitlines() if line.startswith("selfaug: ")]
+    assert sentence in result.stderr.splitlines()
+    assert "adapter.target_modules" in sentence
+    assert [worker.returncode for worker in workers] == [1, 1]
+    assert not any("Traceback" in text for text in printed)
 
 
 def test_sigterm_stops_all_processes_at_a_checkpoint(runs: Runs):
@@ -104,5 +118,5 @@ def test_two_processes_in_an_interactive_slurm_job(runs: Runs):
     """One task of Slurm's, which is neither one of the two processes nor their number."""
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "bash",
              "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
-    directory = runs.done(*UNEVEN, "trainer=ddp", "trainer.max_steps=2", **slurm)
+    directory = runs.done(*UNEVEN, *UNSCORED, "trainer=ddp", "trainer.max_steps=2", **slurm)
     assert json.loads((directory / "fit.json").read_text())["steps"] == 2

@@ -16,18 +16,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from selfaug.run.identity import config_hash, register_resolvers
 from tests.evaluation.retention.tiny_items import items  # noqa: F401
+from tests.run import conftest
 from tests.run.conftest import Runs
 from tests.run.test_cache import disk, entries, passes
 from tests.run.test_errors import refused
 from tests.run.test_evaluate import results, scored
 from tests.run.test_resume import metrics, stop
-from tests.run.test_same import relative_error
+from tests.run.test_same import UNSCORED, relative_error
+from tests.run.warm import Warm
 from tests.tiny import save_tiny
 
 SFT = ("method=sft", "trainer.max_steps=5", "optimizer.lr=1e-3")
-# SelfAug on all weights but the head; a reference has to be chosen with it.
-ALIGNED = ("adapter=full", "adapter.freeze=head", "trainer.max_steps=5", "optimizer.lr=1e-3")
+# SelfAug on all weights but the head; a reference has to be chosen with it. Two epochs of 5 steps over 17 examples,
+# validation within them.
+ALIGNED = ("adapter=full", "adapter.freeze=head", "optimizer.lr=1e-3", "data.source.test_share=0.6",
+           "data.limit_train=17", "trainer.max_epochs=2", "trainer.val_check_interval=3")  # fmt: skip
+STEPS = 10
 COPY = "reference=frozen_copy"
+EVERY = "callbacks.checkpoint_every_n_steps=4"
 
 
 class WithoutRank(Runs):
@@ -60,7 +66,22 @@ def sft(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def aligned(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return workspace.into(tmp_path_factory.mktemp("aligned")).done(*ALIGNED, COPY)
+    directory = workspace.into(tmp_path_factory.mktemp("aligned")).done(*ALIGNED, COPY)
+    assert len(column(directory, "train/kl")) == STEPS
+    assert len(column(directory, "val/kl")) == 2
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cached(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same with the cache, and the cache."""
+    place = tmp_path_factory.mktemp("cached")
+    return workspace.into(place / "runs").done(*ALIGNED, *disk(place / "cache")), place / "cache"
+
+
+@pytest.fixture(scope="module")
+def unaligned(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workspace.into(tmp_path_factory.mktemp("unaligned")).done(*ALIGNED, "alignment=none")
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------
@@ -95,7 +116,7 @@ def test_it_is_scored_against_the_base_model(sft: Path):
 
 def test_a_tied_head_stays_tied(runs: Runs, tmp_path: Path):
     folder = save_tiny(tmp_path / "tied", "qwen2")
-    directory = runs.done(*SFT, f"model.name={folder}")
+    directory = runs.done(*SFT, "trainer.max_steps=1", *UNSCORED, f"model.name={folder}")
     model = AutoModelForCausalLM.from_pretrained(directory / "model")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert "lm_head.weight" not in weights(directory)
@@ -111,17 +132,18 @@ def test_the_model_is_whole_or_not_there(runs: Runs, monkeypatch: pytest.MonkeyP
         raise RuntimeError("interrupted")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
-    assert runs.inline(*SFT).returncode == 1
+    setting = (*SFT, "trainer.max_steps=1", *UNSCORED)
+    assert runs.inline(*setting).returncode == 1
     assert list(runs.only().glob(".model*"))
     assert not (runs.only() / "model").exists()
     monkeypatch.undo()
-    assert runs.inline(*SFT).returncode == 0
+    assert runs.inline(*setting).returncode == 0
     assert (runs.only() / "model" / "config.json").is_file()
     assert not list(runs.only().glob(".model*"))
 
 
 def test_checkpoints_hold_what_trains(runs: Runs):
-    directory = runs.done(*SFT, "adapter.freeze=[embeddings,head,0]", "callbacks.checkpoint_every_n_steps=5")
+    directory = runs.done(*SFT, *UNSCORED, "adapter.freeze=[embeddings,head,0]", "callbacks.checkpoint_every_n_steps=5")
     state = torch.load(directory / "checkpoints" / "step-5.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".layers.")[-1].split(".")[0] for name in state if "layers" in name} == {"1"}
     assert not any("embed" in name or "head" in name for name in state)
@@ -133,36 +155,35 @@ def test_checkpoints_hold_what_trains(runs: Runs):
 # --- equal where they must be equal -----------------------------------------------------------------------------------
 
 
-def test_alpha_0_gives_the_weights_of_no_terms_bit_for_bit(runs: Runs):
-    zero = runs.into(runs.runs / "zero").done(*ALIGNED, COPY, "alignment.alpha=0")
-    plain = runs.into(runs.runs / "plain").done(*ALIGNED, "alignment=none")
+def test_alpha_0_gives_the_weights_of_no_terms_bit_for_bit(unaligned: Path, runs: Runs):
+    zero = runs.done(*ALIGNED, *UNSCORED, COPY, "alignment.alpha=0")
     assert column(zero, "train/kl")[-1] > 0  # measured all the same
-    assert all(torch.equal(tensor, weights(plain)[name]) for name, tensor in weights(zero).items())
+    assert all(torch.equal(tensor, weights(unaligned)[name]) for name, tensor in weights(zero).items())
 
 
 def test_nothing_frozen_is_full_fine_tuning(sft: Path, runs: Runs):
-    directory = runs.done("method=freeze", *SFT[1:], "adapter.freeze=[]")
+    directory = runs.done("method=freeze", *SFT[1:], *UNSCORED, "adapter.freeze=[]")
     assert all(torch.equal(tensor, weights(directory)[name]) for name, tensor in weights(sft).items())
 
 
-def test_alignment_holds_the_weights_back(aligned: Path, runs: Runs):
-    plain = runs.done(*ALIGNED, "alignment=none")
+def test_alignment_holds_the_weights_back(aligned: Path, unaligned: Path):
     assert column(aligned, "train/kl")[0] == 0  # the copy is the base model, bit for bit
     drift = [
         json.loads((run / "results.json").read_text())["drift"]["wikipedia"]["kl_base_tuned"]["tuned"]["mean"]
-        for run in (aligned, plain)
+        for run in (aligned, unaligned)
     ]
     assert 0 < drift[0] < drift[1]
 
 
-def test_the_cache_gives_what_the_copy_gives(aligned: Path, runs: Runs, tmp_path: Path):
-    cached = runs.done(*ALIGNED, *disk(tmp_path / "cache"))
-    assert relative_error(weights(cached), weights(aligned)) < 1e-5
-    assert column(cached, "train/kl") == pytest.approx(column(aligned, "train/kl"), rel=1e-2, abs=1e-6)
+def test_the_cache_gives_what_the_copy_gives(aligned: Path, cached: tuple[Path, Path]):
+    assert relative_error(weights(cached[0]), weights(aligned)) < 1e-5
+    assert column(cached[0], "train/kl") == pytest.approx(column(aligned, "train/kl"), rel=1e-2, abs=1e-6)
 
 
 def test_under_mixed_precision_the_weights_are_float32_and_the_base_is_exact(runs: Runs):
-    directory = runs.done(*ALIGNED, COPY, "trainer.precision=bf16-mixed", "optimizer.lr=1e-5")
+    directory = runs.done(
+        *ALIGNED, *UNSCORED, COPY, "trainer.precision=bf16-mixed", "optimizer.lr=1e-5", "trainer.max_steps=5"
+    )
     assert column(directory, "train/kl")[0] == 0
     assert {tensor.dtype for tensor in weights(directory).values()} == {torch.float32}
     before = load_file(runs.path / "model" / "model.safetensors")
@@ -174,28 +195,18 @@ def test_under_mixed_precision_the_weights_are_float32_and_the_base_is_exact(run
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_equal_one(aligned: Path, runs: Runs, strategy: str, tmp_path: Path):
-    """With the cache: of a sharded model no process could hold a copy."""
-    directory = runs.done(*ALIGNED, f"trainer={strategy}", *disk(tmp_path / "cache"))
+    """With the cache: of a sharded model no process could hold a copy. One has more examples to fill it with."""
+    directory = runs.done(*ALIGNED, *UNSCORED, f"trainer={strategy}", *disk(tmp_path / "cache"))
+    assert len(entries(tmp_path / "cache")) == 17 + 2
     assert relative_error(weights(aligned), weights(directory)) < 1e-4
     assert column(directory, "train/kl") == pytest.approx(column(aligned, "train/kl"), rel=1e-2, abs=1e-6)
 
 
 def test_two_processes_train_the_head_too(sft: Path, runs: Runs):
-    assert relative_error(weights(sft), weights(runs.done(*SFT, "trainer=ddp"))) < 1e-4
+    assert relative_error(weights(sft), weights(runs.done(*SFT, *UNSCORED, "trainer=ddp"))) < 1e-4
 
 
 # --- killed and resumed -----------------------------------------------------------------------------------------------
-
-
-LONG = (*ALIGNED[:2], "optimizer.lr=1e-3", "trainer.max_epochs=2", "callbacks.checkpoint_every_n_steps=4",
-        "trainer.val_check_interval=5")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run with the cache that nobody interrupts, and the cache."""
-    place = tmp_path_factory.mktemp("whole")
-    return workspace.into(place / "runs").done(*LONG, *disk(place / "cache")), place / "cache"
 
 
 def same(one: Path, other: Path) -> None:
@@ -205,35 +216,57 @@ def same(one: Path, other: Path) -> None:
     assert all(scores[0][name] == scores[1][name] for name in ("task", "drift", "data", "samples", "token_kl"))
 
 
-def test_killed_and_resumed_is_never_killed(whole: tuple[Path, Path], runs: Runs, tmp_path: Path):
-    setting = (*LONG, *disk(tmp_path / "cache"))
-    assert stop(runs, 8, signal.SIGKILL, *setting).returncode == -signal.SIGKILL
-    assert len(entries(tmp_path / "cache")) == len(entries(whole[1]))  # all before the first step
+def test_killed_and_resumed_is_never_killed(cached: tuple[Path, Path], runs: Runs, tmp_path: Path):
+    setting = (*ALIGNED, EVERY, *disk(tmp_path / "cache"))
+    assert stop(runs, 4, signal.SIGKILL, *setting).returncode == -signal.SIGKILL
+    assert len(entries(tmp_path / "cache")) == len(entries(cached[1]))  # all before the first step
     with passes() as keys:
         result = runs.inline(*setting)
     assert result.returncode == 0, result.stderr
     assert "resuming from" in result.stdout
     assert keys == []  # the weights have trained: nothing could be computed any more
-    same(runs.only(), whole[0])
+    same(runs.only(), cached[0])
 
 
-def test_sharded_too(aligned: Path, runs: Runs, tmp_path: Path):
-    setting = (*ALIGNED, "trainer=fsdp", "callbacks.checkpoint_every_n_steps=2", *disk(tmp_path / "cache"))
-    assert stop(runs, 2, signal.SIGTERM, *setting).returncode == 143
+def test_sharded_too(aligned: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    workers: list[Warm] = []
+
+    class Stopped(Warm):
+        """The processes get the signal once a checkpoint is there, as the command would pass it on to them."""
+
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            workers.append(self)
+
+        def poll(self) -> int | None:
+            if len(workers) == 2 and list(runs.runs.glob("*/checkpoints/step-4.ckpt")):
+                both = [*workers]
+                workers.clear()
+                for worker in both:
+                    worker.send_signal(signal.SIGTERM)
+            return super().poll()
+
+    setting = (*ALIGNED, *UNSCORED, EVERY, "trainer=fsdp", *disk(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(conftest, "Warm", Stopped)
+        assert runs.inline(*setting).returncode == 143
     assert not (runs.only() / "model").exists()
-    assert relative_error(weights(aligned), weights(runs.done(*setting))) < 1e-4
+    result = runs.inline(*setting)
+    assert result.returncode == 0, result.stderr
+    assert relative_error(weights(aligned), weights(runs.only())) < 1e-4
 
 
-def test_with_a_copy_too(runs: Runs):
-    setting = (*LONG, COPY)
-    uninterrupted = runs.into(runs.runs / "whole").done(*setting)
-    killed = runs.into(runs.runs / "killed")
-    assert stop(killed, 8, signal.SIGKILL, *setting).returncode == -signal.SIGKILL
-    same(killed.done(*setting), uninterrupted)
+def test_with_a_copy_too(aligned: Path, runs: Runs):
+    setting = (*ALIGNED, COPY, EVERY)
+    assert stop(runs, 4, signal.SIGKILL, *setting).returncode == -signal.SIGKILL
+    result = runs.inline(*setting)
+    assert result.returncode == 0, result.stderr
+    assert "resuming from" in result.stdout
+    same(runs.only(), aligned)
 
 
 def test_a_cache_in_memory_cannot_be_resumed_and_says_so(runs: Runs):
-    setting = (*LONG, "reference.cache=memory")
+    setting = (*ALIGNED, EVERY, "reference.cache=memory")
     assert stop(runs, 4, signal.SIGKILL, *setting).returncode == -signal.SIGKILL
     refused(runs.inline(*setting), "base weights have been trained", "reference.cache=disk")
 
@@ -272,7 +305,9 @@ def test_an_adapter_that_rewrites_the_base_is_scored_beside_it(runs: Runs, items
     later = results(runs.into(runs.runs / "later"))
     assert later["drift"]["wikipedia"] == found["drift"]["wikipedia"]
     refused(runs.inline("adapter=pissa", "adapter.r=4"), "rewrites the base weights", "reference=frozen_copy")
-    aligned = runs.into(runs.runs / "aligned").done("adapter=pissa", "adapter.r=4", "trainer.max_steps=2", COPY)
+    aligned = runs.into(runs.runs / "aligned").done(
+        "adapter=pissa", "adapter.r=4", "trainer.max_steps=1", *UNSCORED, COPY
+    )
     assert column(aligned, "train/kl")[0] < 1e-4
 
 

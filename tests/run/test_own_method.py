@@ -4,6 +4,8 @@ import csv
 import re
 import shlex
 
+import pytest
+
 from tests.run.conftest import Runs
 from tests.workspace import ROOT
 
@@ -15,7 +17,7 @@ def block(language: str) -> str:
     return re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)[0]
 
 
-def test_the_example_runs_and_is_short(runs: Runs):
+def test_the_example_runs_and_is_short(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     code, method = block("python"), block("yaml")
     assert len((code + method).splitlines()) < 60
     (runs.path / "keep.py").write_text(code)
@@ -24,7 +26,8 @@ def test_the_example_runs_and_is_short(runs: Runs):
     command = shlex.split(block("bash").splitlines()[0])
     assert command[:3] == ["python", "-m", "selfaug.train"]
     assert command[-1] == "debug=smoke"
-    result = runs.train(*command[3:])
+    monkeypatch.syspath_prepend(runs.path)  # as `python -m` does with the folder where it is started
+    result = runs.inline(*command[3:])
     assert result.returncode == 0, result.stderr
     assert runs.only().name.startswith("keep-")
     with (runs.only() / "metrics.csv").open(newline="") as file:

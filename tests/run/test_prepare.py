@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.run.conftest import Runs
-from tests.run.test_resume import adapter, metrics, same, stop
-from tests.run.test_same import relative_error
+from tests.run.test_resume import adapter, copied, metrics, same, stop
+from tests.run.test_same import UNSCORED, relative_error
 
 EWC = ("method=ewc", "method.terms.ewc.text.asset=null", "method.terms.ewc.text.path=dialogues.jsonl")
 LEARN = "+method.learn={_target_: selfaug.data.low_perplexity.LowPerplexity, threshold: 300}"
@@ -21,12 +21,28 @@ ALL = (
     "+method.terms.orthogonal={_target_: selfaug.objective.Orthogonal, alpha: 1.0}",
     "data.batch_size=5", "trainer.val_check_interval=5",
 )  # fmt: skip
-SHORT = ("trainer.max_steps=4", "trainer.max_epochs=1", "adapter.lora_dropout=0.1")
+SHORT = ("trainer.max_steps=4", "trainer.max_epochs=1", "adapter.lora_dropout=0.1", *UNSCORED)
+# With a text that a test may change.
+OWN_TEXT = (*EWC[:2], "method.terms.ewc.text.path=own.jsonl", *SHORT)
+EVERY = "callbacks.checkpoint_every_n_steps=2"
 
 
 @pytest.fixture(scope="module")
 def single(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workspace.into(tmp_path_factory.mktemp("single")).done(*ALL)
+
+
+@pytest.fixture(scope="module")
+def killed(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = workspace.into(tmp_path_factory.mktemp("killed"))
+    assert stop(runs, 2, signal.SIGKILL, *ALL, EVERY).returncode == -signal.SIGKILL
+    return runs.only()
+
+
+@pytest.fixture(scope="module")
+def short(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (workspace.path / "own.jsonl").write_text((workspace.path / "dialogues.jsonl").read_text())
+    return workspace.into(tmp_path_factory.mktemp("short")).done(*OWN_TEXT)
 
 
 def rows(directory: Path) -> list[dict[str, float]]:
@@ -54,7 +70,7 @@ def test_one_process(single: Path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_equal_one(single: Path, runs: Runs, strategy: str):
-    directory = runs.done(*ALL, f"trainer={strategy}")
+    directory = runs.done(*ALL, *UNSCORED, f"trainer={strategy}")
     name = "adapter/adapter_model.safetensors"
     assert relative_error(load_file(single / name), load_file(directory / name)) < 1e-4
     for file, found in prepared(directory).items():
@@ -71,43 +87,40 @@ def test_two_processes_equal_one(single: Path, runs: Runs, strategy: str):
             assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), (row["step"], key)
 
 
-def test_killed_and_resumed_is_never_killed(single: Path, runs: Runs):
-    every = "callbacks.checkpoint_every_n_steps=2"
-    assert stop(runs, 2, signal.SIGKILL, *ALL, every).returncode == -signal.SIGKILL
-    directory = runs.only()
-    result = runs.inline(*ALL, every)
+def test_killed_and_resumed_is_never_killed(single: Path, killed: Path, runs: Runs):
+    directory = copied(killed, runs)
+    result = runs.inline(*ALL, EVERY)
     assert result.returncode == 0, result.stderr
     assert "resuming from" in result.stdout
     same(directory, single)
 
 
-def test_a_run_without_its_preparation_does_not_go_on(runs: Runs):
-    every = "callbacks.checkpoint_every_n_steps=2"
-    assert stop(runs, 2, signal.SIGKILL, *ALL, every).returncode == -signal.SIGKILL
-    (runs.only() / "prepared" / "ewc.safetensors").unlink()
-    result = runs.inline(*ALL, every)
+def test_a_run_without_its_preparation_does_not_go_on(killed: Path, runs: Runs):
+    (copied(killed, runs) / "prepared" / "ewc.safetensors").unlink()
+    result = runs.inline(*ALL, EVERY)
     assert result.returncode == 1
     assert "ewc.safetensors was made before the first step of this run and is missing" in result.stderr
     assert "ckpt_path=null" in result.stderr
 
 
-def test_a_run_that_begins_again_prepares_again(runs: Runs):
-    directory = runs.done(*EWC, *SHORT)
+def test_a_run_that_begins_again_prepares_again(short: Path, runs: Runs):
+    directory = copied(short, runs)
     file = directory / "prepared" / "ewc.safetensors"
     before = file.stat().st_mtime_ns
     (directory / "results.json").unlink()
     (directory / "fit.json").unlink()
-    assert runs.inline(*EWC, *SHORT, "ckpt_path=null").returncode == 0
+    assert runs.inline(*OWN_TEXT, "ckpt_path=null").returncode == 0
+    assert runs.only() == directory
     assert file.stat().st_mtime_ns > before
 
 
-def test_a_text_that_has_changed_is_another_run(runs: Runs):
-    text = runs.path / "old.jsonl"
-    text.write_text((runs.path / "dialogues.jsonl").read_text())
-    setting = (*EWC[:2], "method.terms.ewc.text.path=old.jsonl", *SHORT)
-    runs.done(*setting)
-    text.write_text(text.read_text() + '{"prompt": "Who?", "response": "Me."}\n')
-    result = runs.inline(*setting)
+def test_a_text_that_has_changed_is_another_run(short: Path, runs: Runs):
+    copied(short, runs)
+    text = runs.path / "own.jsonl"
+    before = text.read_text()
+    text.write_text(before + '{"prompt": "Who?", "response": "Me."}\n')
+    result = runs.inline(*OWN_TEXT)
+    text.write_text(before)
     assert result.returncode == 1
     assert "The data has changed since the run" in result.stderr
 

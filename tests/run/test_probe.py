@@ -1,6 +1,7 @@
 """callbacks=retention_probe: curves of forgetting that leave the training as it is."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ def rows(directory: Path) -> dict[int, dict[str, str]]:
     return found
 
 
-def test_curves(runs: Runs, items):  # noqa: F811
-    found = rows(runs.done(*LENGTH, *PROBE))
+def test_curves_leave_the_weights_alone_and_are_whole_after_a_kill(runs: Runs, items):  # noqa: F811
+    settings = (*LENGTH, *PROBE, "callbacks.checkpoint_every_n_steps=1")
+    watched = runs.into(runs.runs / "watched").done(*settings)
+    found = rows(watched)
     assert [step for step, row in found.items() if "probe/drift_wikipedia" in row] == [0, 3, 4, 6, 8]
     answered = [step for step, row in found.items() if "probe/ifeval_prompt_strict" in row]
     assert answered == [0, 4, 8]
@@ -35,30 +38,21 @@ def test_curves(runs: Runs, items):  # noqa: F811
     assert float(found[0]["probe/drift_wikipedia"]) == 0
     assert float(found[8]["probe/drift_wikipedia"]) > 0
 
+    plain = runs.into(runs.runs / "plain").done(*LENGTH)
+    name = "adapter/adapter_model.safetensors"
+    assert (plain / name).read_bytes() == (watched / name).read_bytes()
+
+    part = runs.into(runs.runs / "part")
+    copy = Path(shutil.copytree(watched, part.runs / watched.name))
+    for name in ("adapter", "fit.json", "results.json"):  # as if it had been killed after its last step
+        (copy / name).rename(copy / f"{name}.gone")
+    assert part.done(*settings) == copy
+    same(copy, watched)
+
 
 def test_a_run_that_ends_within_an_epoch_has_a_last_point(runs: Runs, items):  # noqa: F811
     found = rows(runs.done(*LENGTH, *PROBE, "trainer.max_steps=2"))
     assert [step for step, row in found.items() if "probe/ifeval_prompt_strict" in row] == [0, 2]
-
-
-def test_the_weights_are_those_of_a_run_without(runs: Runs, items):  # noqa: F811
-    plain = runs.into(runs.runs / "plain").done(*LENGTH)
-    watched = runs.into(runs.runs / "watched").done(*LENGTH, *PROBE)
-    name = "adapter/adapter_model.safetensors"
-    assert (plain / name).read_bytes() == (watched / name).read_bytes()
-
-
-def test_resumed_curves_are_whole(runs: Runs, items):  # noqa: F811
-    settings = (*LENGTH, *PROBE, "callbacks.checkpoint_every_n_steps=1")
-    whole = runs.into(runs.runs / "whole").done(*settings)
-    part = runs.into(runs.runs / "part")
-    first = part.done(*settings)
-    for name in ("adapter", "fit.json", "results.json"):  # as if it had been killed after its last step
-        path = first / name
-        path.rename(first / f"{name}.gone")
-    again = part.done(*settings)
-    assert again == first
-    same(again, whole)
 
 
 @pytest.mark.parametrize("setting", ["every_n_steps=0", "documents=0", "ifeval_items=-1"])

@@ -17,11 +17,22 @@ GRID = ("alignment.alpha=0,0.5", "seed=1,2")
 
 @pytest.fixture(scope="module")
 def swept(workspace: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runs, subprocess.CompletedProcess[str]]:
-    """Four runs, each with a W&B run of its own, in a process of their own."""
+    """Four runs."""
     runs = workspace.into(tmp_path_factory.mktemp("sweep"))
-    result = runs.train("-m", *GRID, STEPS, "logger=wandb")
+    result = runs.inline("-m", *GRID, STEPS)
     assert result.returncode == 0, result.stdout + result.stderr
     return runs, result
+
+
+@pytest.fixture
+def copied(swept, tmp_path: Path) -> Runs:
+    """The four runs and their sweep in a directory of this test's own."""
+    first, _ = swept
+    runs = first.into(tmp_path / "runs")
+    shutil.copytree(first.runs, runs.runs)
+    for record in (runs.runs / "sweeps").glob("*/jobs/*.json"):
+        record.write_text(record.read_text().replace(str(first.runs), str(runs.runs)))
+    return runs
 
 
 def table(runs: Runs) -> str:
@@ -45,8 +56,9 @@ def test_a_run_for_each_value_and_a_table(swept):
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_wandb_run_of_each_job(swept):
-    runs, _ = swept
+def test_wandb_run_of_each_job(runs: Runs):
+    assert runs.inline("-m", "alignment.alpha=0.5", "seed=1,2", STEPS, "logger=wandb").returncode == 0
+    assert len(runs.directories()) == 2
     groups = set()
     for directory in runs.directories():
         (place,) = (directory / "wandb").glob("offline-run-*")
@@ -78,18 +90,15 @@ def _find(records: list, *names: str) -> set[str]:
     return found
 
 
-def test_only_the_missing_run_is_done_again(swept, tmp_path: Path):
-    first, _ = swept
-    runs = first.into(tmp_path / "runs")
-    shutil.copytree(first.runs, runs.runs)
-    gone, *others = runs.directories()
+def test_only_the_missing_run_is_done_again(copied: Runs):
+    gone, *others = copied.directories()
     before = {d: (d / "results.json").stat().st_mtime_ns for d in others}
     shutil.rmtree(gone)
-    result = runs.inline(*GRID, STEPS, "-m")  # -m at the end is the same
+    result = copied.inline(*GRID, STEPS, "-m")  # -m at the end is the same
     assert result.returncode == 0, result.stderr
     assert {d: (d / "results.json").stat().st_mtime_ns for d in others} == before
     assert (gone / "results.json").is_file()
-    assert len(runs.directories()) == 4
+    assert len(copied.directories()) == 4
     assert result.stdout.count("this run is finished") == 3
     assert "Table: " in result.stdout
 
@@ -107,20 +116,19 @@ def test_a_failing_job_does_not_take_the_others_down(runs: Runs):
     assert "Table: " in result.stdout
 
 
-def test_results_that_cannot_be_read_are_a_failure(runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_results_that_cannot_be_read_are_a_failure(copied: Runs, monkeypatch: pytest.MonkeyPatch, capsys):
     """And a table that cannot be written hides no failure."""
-    assert runs.inline("--multirun", "alignment.alpha=0,0.5", STEPS).returncode == 0
-    (sweep,) = (runs.runs / "sweeps").iterdir()
+    (sweep,) = (copied.runs / "sweeps").iterdir()
     assert summarise(sweep)
-    (runs.directories()[0] / "results.json").write_text("{")
+    (copied.directories()[0] / "results.json").write_text("{")
     monkeypatch.setattr("selfaug.reporting.table.as_markdown", lambda _: 1 / 0)
     capsys.readouterr()
     assert not summarise(sweep)
-    assert f"{runs.directories()[0].name} failed: " in capsys.readouterr().err
+    assert f"{copied.directories()[0].name} failed: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--config-dir", "searchpath"])
-def test_an_experiment_that_is_a_sweep(runs: Runs, tmp_path: Path, flag: str):
+def test_an_experiment_that_is_a_sweep(runs: Runs, tmp_path: Path):
+    """However its folder is named and it is chosen, it is the same sweep."""
     folder = tmp_path / "conf"
     (folder / "experiment").mkdir(parents=True)
     (folder / "experiment" / "both.yaml").write_text(
@@ -128,11 +136,15 @@ def test_an_experiment_that_is_a_sweep(runs: Runs, tmp_path: Path, flag: str):
         "trainer: {max_steps: 1}\n"
         'hydra: {mode: MULTIRUN, sweeper: {params: {alignment.alpha: "0,0.5"}}}\n'
     )
-    found = ["--config-dir", str(folder)] if flag == "--config-dir" else [f"hydra.searchpath=[file://{folder}]"]
-    for choice in ("+experiment=both", "experiment=both"):
-        result = runs.inline(*found, choice)
+    ways = [
+        (*found, choice)
+        for found in (("--config-dir", str(folder)), (f"hydra.searchpath=[file://{folder}]",))
+        for choice in ("+experiment=both", "experiment=both")
+    ]
+    for number, way in enumerate(ways):
+        result = runs.inline(*way)
         assert result.returncode == 0, result.stdout + result.stderr
         assert sorted(choices(d)[0] for d in runs.directories()) == [0, 0.5]
         assert "Table: " in result.stdout
-    assert result.stdout.count("this run is finished") == 2
+        assert result.stdout.count("this run is finished") == (2 if number else 0)
     assert [p.name.startswith("both-") for p in (runs.runs / "sweeps").iterdir()] == [True]
