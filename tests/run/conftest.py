@@ -44,8 +44,8 @@ class Runs(Workspace):
     def inline(self, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """As train(), but in this process."""
         command = self.command(*overrides)
-        # Hydra composes every configuration twice, the first time for hydra.mode, which experiments alone set.
-        asks = any("experiment=" in one or one.startswith("hydra.mode") for one in overrides)
+        # Hydra composes every configuration twice, the first time for hydra.mode, which only these set.
+        asks = any(one.lstrip("+").startswith(("experiment=", "hparams_search=", "hydra.mode=")) for one in overrides)
         mode = contextlib.nullcontext() if asks else mock.patch.object(Hydra, "get_mode", return_value=None)
         out, err, status = io.StringIO(), io.StringIO(), 0
         with (

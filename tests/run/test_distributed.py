@@ -76,7 +76,7 @@ def test_an_error_in_a_worker_is_one_sentence(runs: Runs, monkeypatch: pytest.Mo
 
 def test_sigterm_stops_all_processes_at_a_checkpoint(runs: Runs):
     result = stop(runs, 2, signal.SIGTERM, *UNEVEN, "trainer=ddp", "callbacks.checkpoint_every_n_steps=2")
-    assert result.returncode == 143
+    assert result.returncode == 143, result.stdout + result.stderr
     assert 2 <= newest_step(runs.only()) < 8
     assert not (runs.only() / "adapter").exists()
     assert "Traceback" not in result.stdout + result.stderr

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from selfaug.run import launch
 
@@ -21,7 +20,7 @@ PRELOADED = [
     "torchmetrics", "hydra", "selfaug.train", "selfaug.run.fit", "selfaug.run.score", "selfaug.run.worker",
     "selfaug.dialogues",
 ]  # fmt: skip
-_CONTEXT: Any = multiprocessing.get_context("forkserver")
+_CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)
 
 
@@ -70,8 +69,6 @@ class Warm:
 
 def _run(command: list[str], environment: dict[str, str], directory: str, place: str | None) -> None:
     """In the forked process."""
-    global _CONTEXT
-    _CONTEXT = multiprocessing.get_context("fork")  # its own workers too: a second server would import everything again
     for number in (1, 2) if place else ():
         os.dup2(os.open(f"{place}/{number}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
