@@ -239,7 +239,7 @@ def test_sharded_too(aligned: Path, runs: Runs, tmp_path: Path, monkeypatch: pyt
             workers.append(self)
 
         def poll(self) -> int | None:
-            if len(workers) == 2 and list(runs.runs.glob("*/checkpoints/step-4.ckpt")):
+            if len(workers) == 2 and list(runs.runs.glob("*/checkpoints/step-*.ckpt")):
                 both = [*workers]
                 workers.clear()
                 for worker in both:
