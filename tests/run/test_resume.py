@@ -102,7 +102,7 @@ def test_killed_twice_and_resumed_is_never_killed(whole: Path, killed: Path, run
 
 
 def test_sigterm_leaves_a_checkpoint_and_ctrl_c_says_how_to_go_on(whole: Path, runs: Runs):
-    """Exit statuses 143 and 130; a run that was stopped by both is the one that nobody stops."""
+    """Exit statuses 143 and 130; a run that was stopped by either is the one that nobody stops."""
     result = stop(runs, 4, signal.SIGTERM, *LONG)
     assert result.returncode == 143
     directory = runs.only()
@@ -112,13 +112,17 @@ def test_sigterm_leaves_a_checkpoint_and_ctrl_c_says_how_to_go_on(whole: Path, r
     assert "Traceback" not in result.stdout + result.stderr
     assert not (directory / "adapter").exists()
 
-    result = stop(runs, step + 1, signal.SIGINT, *LONG)
+    result = runs.inline(*LONG)
+    assert result.returncode == 0
     assert f"step-{step}.ckpt" in result.stdout
+    same(directory, whole)
+
+    runs = runs.into(runs.runs / "other")
+    result = stop(runs, 4, signal.SIGINT, *LONG)
     assert result.returncode == 130
     assert result.stderr.splitlines()[-1] == "selfaug: interrupted; the same command goes on where it was stopped."
     assert "Traceback" not in result.stdout + result.stderr
-    assert not (directory / "adapter").exists()
-
+    assert not (runs.only() / "adapter").exists()
     assert runs.inline(*LONG).returncode == 0
     same(runs.only(), whole)
 
