@@ -167,22 +167,22 @@ class RunDirectory:
         precision: what trainer.precision=auto has come to on this machine, which may not be the one it was started on.
         """
         started = self.path / "run.json"
+        first = {"data_fingerprint": data_fingerprint, "precision": precision}
         if started.is_file():
-            before = json.loads(started.read_text())
-            if before["data_fingerprint"] != data_fingerprint:
-                raise UserError(
-                    f"The data has changed since the run in {self.path} was started: delete that directory, or set "
-                    "paths.runs_dir to another one."
-                )
-            if before.get("precision", precision) != precision and not self.finished:
-                log.warning(
-                    "this run was started in %s and goes on in %s, so it is not quite what it would have been: set "
-                    "trainer.precision=%s to keep to one",
-                    before["precision"], precision, before["precision"],
-                )  # fmt: skip
+            first |= json.loads(started.read_text())
+        if first["data_fingerprint"] != data_fingerprint:
+            raise UserError(
+                f"The data has changed since the run in {self.path} was started: delete that directory, or set "
+                "paths.runs_dir to another one."
+            )
+        if first["precision"] != precision and not self.finished:
+            log.warning(
+                "this run was started in %s and goes on in %s, so it is not quite what it would have been: set "
+                "trainer.precision=%s to keep to one",
+                first["precision"], precision, first["precision"],
+            )  # fmt: skip
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        if not self.finished:
-            write_json(started, {"data_fingerprint": data_fingerprint, "precision": precision})
+        write_json(started, first)
 
     def read_fit(self) -> dict[str, Any]:
         return json.loads((self.path / "fit.json").read_text())

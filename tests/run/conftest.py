@@ -22,6 +22,8 @@ from selfaug.run import launch
 from tests.run.warm import PRELOADED, Warm
 from tests.workspace import Workspace
 
+# For tests that do not look at the scores.
+UNSCORED = ("evaluation.rag=null", "evaluation.drift=null")
 QUICK = ("trainer.precision=32-true", "evaluation.rag.limit=2", "evaluation.rag.max_new_tokens=2")
 
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from selfaug.model import cache as cache_module
 from selfaug.model.reference import AdaptersOff
 from selfaug.run.identity import config_hash, register_resolvers
-from tests.run.conftest import Runs
+from tests.run.conftest import UNSCORED, Runs
 from tests.run.test_errors import refused
 from tests.run.test_resume import adapter, metrics, same, stop
-from tests.run.test_same import UNSCORED, relative_error
+from tests.run.test_same import relative_error
 
 # Two epochs of 5 steps each, the last one smaller, validation within them.
 SMALL = "data.source.test_share=0.6"

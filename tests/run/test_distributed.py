@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 
 from selfaug.errors import UserError
 from selfaug.run import launch, ranks
-from tests.run.conftest import Runs
+from tests.run.conftest import UNSCORED, Runs
 from tests.run.test_resume import newest_step, stop
 from tests.run.test_same import relative_error
 from tests.run.warm import Warm
 
 # 5 examples a step, 2 of them in a micro-batch: 3 micro-batches for 2 processes; the last step has 2 examples.
 UNEVEN = ("data.batch_size=5", "trainer.val_check_interval=5")
-UNSCORED = ("evaluation.rag=null", "evaluation.drift=null")  # the first process scores alone
 # ... and other data mixed in, with a term of its own and SelfAug's on the task's.
 MIXED = (
     *UNEVEN, *UNSCORED, "method=replay_kl", "data.limit_train=17", "mixture@data.mixture.replay=jsonl",

@@ -13,7 +13,7 @@ import torch
 
 from selfaug.assets import registry
 from selfaug.objective import Objective
-from tests.run.conftest import Runs
+from tests.run.conftest import UNSCORED, Runs
 from tests.run.test_resume import adapter
 from tests.workspace import write_lines
 
@@ -32,7 +32,7 @@ def refused(result: subprocess.CompletedProcess[str], *parts: str) -> str:
 
 
 STEPS = "trainer.max_steps=2"
-UNSCORED = ("trainer.max_steps=1", "evaluation.rag=null", "evaluation.drift=null")  # a run that must only work
+WORKS = ("trainer.max_steps=1", *UNSCORED)  # a run that must only work
 
 
 def data_file(path: Path, *changed: dict) -> str:
@@ -62,7 +62,7 @@ def test_broken_lines_are_all_named_and_the_mended_file_works(runs: Runs, tmp_pa
     path.write_text("\n".join(lines) + "\n")
     refused(runs.inline(STEPS, setting), "2 bad lines", f"{path}:5:", f"{path}:18:")
     path.write_text(good)
-    assert runs.inline(*UNSCORED, setting).returncode == 0
+    assert runs.inline(*WORKS, setting).returncode == 0
 
 
 @pytest.mark.parametrize("answers", [[""], [], "  "])
@@ -74,7 +74,7 @@ def test_empty_answer(runs: Runs, tmp_path: Path, answers):
 def test_question_longer_than_the_budget(runs: Runs, tmp_path: Path):
     setting = data_file(tmp_path / "mine.jsonl", {"id": "epic", "question": "Where, oh where, is Ada? " * 100})
     refused(runs.inline(STEPS, setting, "data.prompt.on_too_long=error"), "epic", "data.prompt.max_tokens")
-    result = runs.inline(*UNSCORED, setting, "data.prompt.on_too_long=drop")
+    result = runs.inline(*WORKS, setting, "data.prompt.on_too_long=drop")
     assert result.returncode == 0
     assert "1 examples were dropped" in result.stdout
 
@@ -177,7 +177,7 @@ def poisoned(call: int):
         yield
 
 
-SHORT = ("evaluation.rag=null", "evaluation.drift=null", "trainer.max_steps=4", "data.micro_batch_size=4",
+SHORT = (*UNSCORED, "trainer.max_steps=4", "data.micro_batch_size=4",
          "callbacks.checkpoint_every_n_steps=2")  # fmt: skip
 
 
@@ -243,14 +243,14 @@ def test_disk_full_while_tokens_are_cached(runs: Runs, tmp_path: Path):
     with full_disk(8000):  # Hydra's own files are smaller
         refused(runs.inline(STEPS, setting, **cache), "disk is full", "SELFAUG_CACHE")
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
-    assert runs.inline(*UNSCORED, setting, **cache).returncode == 0
+    assert runs.inline(*WORKS, setting, **cache).returncode == 0
 
 
 def test_runs_directory_that_cannot_be_written(runs: Runs, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     refused(runs.into(tmp_path / "file" / "runs").inline(STEPS), "paths.runs_dir", str(tmp_path / "file"))
     os.remove(tmp_path / "file")
-    assert runs.into(tmp_path / "file" / "runs").inline(*UNSCORED).returncode == 0
+    assert runs.into(tmp_path / "file" / "runs").inline(*WORKS).returncode == 0
 
 
 def test_asset_archive_with_other_content(runs: Runs, tmp_path: Path):

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from selfaug.run.identity import config_hash, register_resolvers
 from tests.evaluation.retention.tiny_items import items  # noqa: F401
 from tests.run import conftest
-from tests.run.conftest import Runs
+from tests.run.conftest import UNSCORED, Runs
 from tests.run.test_cache import disk, entries, passes
 from tests.run.test_errors import refused
 from tests.run.test_evaluate import results, scored
 from tests.run.test_resume import metrics, stop
-from tests.run.test_same import UNSCORED, relative_error
+from tests.run.test_same import relative_error
 from tests.run.warm import Warm
 from tests.tiny import save_tiny
 

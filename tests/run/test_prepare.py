@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.run.conftest import Runs
+from tests.run.conftest import UNSCORED, Runs
 from tests.run.test_resume import adapter, copied, metrics, same, stop
-from tests.run.test_same import UNSCORED, relative_error
+from tests.run.test_same import relative_error
 
 EWC = ("method=ewc", "method.terms.ewc.text.asset=null", "method.terms.ewc.text.path=dialogues.jsonl")
 LEARN = "+method.learn={_target_: selfaug.data.low_perplexity.LowPerplexity, threshold: 300}"

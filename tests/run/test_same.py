@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from selfaug.run import fit
-from tests.run.conftest import Runs
+from tests.run.conftest import UNSCORED, Runs
 from tests.run.warm import Warm
 
 STEPS = ("trainer.max_steps=5", "trainer.max_epochs=2")
-# For tests that do not look at the scores.
-UNSCORED = ("evaluation.rag=null", "evaluation.drift=null")
 
 
 def adapter_file(directory: Path) -> Path:
