@@ -8,6 +8,7 @@ exit status, as any other.
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,8 @@ class Warm:
 
 def _run(command: list[str], environment: dict[str, str], directory: str, place: str | None) -> None:
     """In the forked process."""
+    # As in a terminal: where the tests themselves run in the background, a shell has told them to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (1, 2) if place else ():
         os.dup2(os.open(f"{place}/{number}", os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
