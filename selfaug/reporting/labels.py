@@ -22,6 +22,7 @@ _METHOD = ("method.", "data.mixture", "data.batch_counts", "data.rewrite")
 _IGNORED_NAMES = frozenset({"seed", "run_name", "tags", "notes", "resume", "ckpt_path", "dirpath"})
 # Only at the top: a nested `name` (of a model, of a data set) is often the setting that differs.
 _IGNORED_AT_TOP = frozenset({"name", "task_name", "group", "output"})
+_NAME = "method.name"
 # Of the method's settings these say what was done; the others are named only where these do not tell two rows apart.
 _TELLING = frozenset({"alpha", "position"})
 _NAMED_TOGETHER = 3
@@ -146,9 +147,9 @@ def _of_method(key: str) -> bool:
 
 
 def _telling(method: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each run's settings of the method the few that tell it from the others: name, alpha and position where they
-    differ, then, among those that are still alike, whatever splits them best."""
-    keys = list(dict.fromkeys(key for one in method for key in one))
+    """Of each run's settings of the method the few that tell it from the others: its name; alpha and position where
+    runs of one name differ in them; then, among those that are still alike, whatever splits them best."""
+    keys = sorted(dict.fromkeys(key for one in method for key in one), key=lambda key: key != _NAME)
     kept: list[dict[str, Any]] = [{} for _ in method]
 
     def values(key: str, members: Sequence[int]) -> dict[str, list[int]]:
@@ -170,11 +171,12 @@ def _telling(method: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for part in keep(best, members):
                 split(part)
 
+    def telling(key: str, part: Sequence[int]) -> bool:
+        return (key == _NAME or key.rpartition(".")[2] in _TELLING) and len(values(key, part)) > 1
+
     parts: list[list[int]] = [list(range(len(method)))]
     for key in keys:
-        telling = key == "method.name" or key.rpartition(".")[2] in _TELLING
-        if telling and len(values(key, range(len(method)))) > 1:
-            parts = [smaller for part in parts for smaller in keep(key, part)]
+        parts = [one for part in parts for one in (keep(key, part) if telling(key, part) else [part])]
     for part in parts:
         split(part)
     return kept
@@ -244,11 +246,16 @@ def _labels(flat: Sequence[dict[str, Any]]) -> list[str]:
         for keys in groups:
             present = [key for key in keys if key in one]
             named = present[:1] if len(present) > _NAMED_TOGETHER else present
-            parts += [f"{short[key]}={clean(shown(one[key]), 32)}" for key in named]
+            parts += [_said(key, short[key], shown(one[key])) for key in named]
             if len(named) < len(present):
                 parts[-1] += f" (+{len(present) - 1})"
         labels.append(", ".join(parts))
     return labels
+
+
+def _said(key: str, name: str, value: str) -> str:
+    """A method goes by its name alone."""
+    return clean(value, 32) if key == _NAME else f"{name}={clean(value, 32)}"
 
 
 def shown(value: Any) -> str:

@@ -73,8 +73,15 @@ def test_rewritten_targets_belong_to_the_method():
     plain, sdft = config("lora", data={"rewrite": None}), config("sdft", data={"rewrite": {"instruction": "x"}})
     assert baseline_key(sdft) == baseline_key(plain)
     assert row_labels([plain, config(term=KL, data={"rewrite": None}), sdft])[1:] == [
-        "name=selfaug, alpha=0.5, position=input_logits", "name=sdft",
+        "selfaug", "sdft",
     ]  # fmt: skip
+
+
+def test_methods_go_by_their_names_and_say_their_alpha_where_it_tells_them_apart():
+    dft = {**config(), "method": {"terms": {"kl": KL}, "name": "dft"}}
+    rows = [config(term=KL), config(term=KL | {"alpha": 0.3}), dft, config("lora")]
+    assert row_labels(rows) == ["selfaug, alpha=0.5", "selfaug, alpha=0.3", "dft", PLAIN]
+    assert row_labels(rows[1:]) == ["selfaug", "dft", PLAIN]
 
 
 def test_mixtures_are_compared_with_plain_lora_and_named_by_their_ratio():
