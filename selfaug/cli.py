@@ -143,6 +143,8 @@ def _hydra_sentence(error: BaseException) -> str:
     text = str(error)
     if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", text):
         return f"{missing[1]} is not set and has no default: add {missing[1]}=... to the command."
+    if missing := re.search(r"Interpolation key '([\w.]+)' not found", text):
+        return f"{missing[1]} is not set, and another setting is made of it: add it to the file that you chose."
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if missing := re.search(r"Could not override '([^']+)'", text):
         # An override by a dictionary names the setting, and only its cause the key in it that is wrong.
@@ -150,12 +152,15 @@ def _hydra_sentence(error: BaseException) -> str:
         key = full[1] if full else missing[1]
         if (nearest := _nearest(key)) == f", did you mean {key}":
             return f"What was chosen has no setting {key}: leave it out, or choose another {key.partition('.')[0]}."
+        if nearest and key.startswith(f"{nearest.removeprefix(', did you mean ')}."):
+            nearest = ""  # where it stands is right, its own name is not
         return f"There is no setting {key}{nearest}; to add it all the same write +{key}=..."
     if missing := re.search(r"In '[^']+': Could not find '([^']+)'|Could not find '([^']+)'", text):
         group, _, choice = (missing[1] or missing[2]).rpartition("/")
         known = [line for line in lines[1:] if re.fullmatch(r"[\w\-.]+", line) and line != "base"]
         among = f"; choose one of {', '.join(known)}" if known else ""
-        return f"There is no {group}={choice}{among}." if group else f"There is no configuration {choice}{among}."
+        own = " (one of your own needs --config-dir FOLDER)" if group == "method" else ""
+        return f"There is no {group}={choice}{among}{own}." if group else f"There is no configuration {choice}{among}."
     return f"The configuration is not valid: {lines[0].rstrip('.') if lines else type(error).__name__}."
 
 

@@ -31,12 +31,12 @@ def write(config: DictConfig) -> tuple[Path, list[dict[str, Any]], dict[str, Any
     from selfaug.data.sources.self_dialogues import SelfDialogues
     from selfaug.errors import UserError
     from selfaug.files import write_json
-    from selfaug.run import build
+    from selfaug.run.make import make
     from selfaug.run.self_dialogues import written
     from selfaug.self_dialogues.statistics import statistics
 
     cli.quieten()
-    source = build.make(config.self_dialogues, "self_dialogues")
+    source = make(config.self_dialogues, "self_dialogues")
     if not isinstance(source, SelfDialogues):
         raise UserError("self_dialogues is no SelfDialogues: choose one of selfaug/conf/self_dialogues.")
     source.ask(examples=NUMBER)

@@ -49,7 +49,10 @@ def check_source(name: str, one: MixtureSource) -> None:
         raise UserError(f"{setting}: a source cannot be called {name}: use letters, digits and _, and not {TASK}.")
     for method in ("fingerprint", "dialogues"):
         if not callable(getattr(one.source, method, None)):
-            raise UserError(f"{setting}.source is no source of dialogues: choose one of selfaug/conf/mixture.")
+            raise UserError(
+                f"{setting}.source is no source of dialogues: choose one of selfaug/conf/mixture, as in "
+                f"+mixture@{setting}=jsonl."
+            )
     if not _is_number(one.ratio) or one.ratio < 0 or not math.isfinite(one.ratio):
         raise UserError(f"{setting}.ratio={one.ratio} is not allowed: set it to 0 or a positive number.")
     if one.by not in ("examples", "tokens"):

@@ -97,9 +97,10 @@ class Objective:
         return NLL if self.weights is None else WEIGHTED
 
     def start(self, model: nn.Module) -> None:
-        """Let the parameter terms see the weights that the training starts from."""
+        """Let the parameter terms that ask for it see the weights that the training starts from."""
         for term in self.parameter_terms.values():
-            term.start(model)
+            if hasattr(term, "start"):
+                term.start(model)
 
     def check(self, model: nn.Module) -> None:
         """Raise UserError where a term needs what `model`, or its reference, cannot give."""
@@ -200,6 +201,11 @@ class Objective:
         if self.weights is not None:
             with torch.no_grad():
                 weights = self.weights(nll.detach(), hidden.detach(), head)
+            if weights.shape != nll.shape:  # it would be broadcast to something else
+                raise UserError(
+                    f"method.weights ({type(self.weights).__name__}) gives {list(weights.shape)} weights for "
+                    f"{len(nll)} tokens: return one for each, a tensor like nll."
+                )
             loss = (weights * nll).sum() / mean[WEIGHTED]
             parts = {NLL: parts[NLL].detach(), WEIGHTED: loss}
         for source in self.sources:
@@ -217,6 +223,8 @@ class Objective:
                 torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0),
             ):
                 penalty = term.penalty(model)
+            if penalty.dim():
+                raise UserError(f"The penalty of the term {name} has shape {list(penalty.shape)}: return a scalar.")
             found[name] = penalty.detach()
             if term.alpha != 0:
                 total = term.alpha * penalty if total is None else total + term.alpha * penalty

@@ -1,7 +1,7 @@
 """The terms that are added to the NLL. A term says which rows it needs and sums its penalty over them.
 
-To add one: a class with `alpha`, `schedule`, `sampling`, `select` and `total` like LogitAlignment's, or with `alpha`,
-`start` and `penalty` (ParameterTerm), and a YAML file in selfaug/conf/alignment/ or method/. Terms on hidden states are
+To add one: a class with `alpha`, `schedule`, `sampling`, `select` and `total` like LogitAlignment's, or with `alpha`
+and `penalty` (ParameterTerm), and a YAML file in selfaug/conf/alignment/ or method/. Terms on hidden states are
 in hidden.py.
 """
 
@@ -62,20 +62,15 @@ class Term(Protocol):
 class ParameterTerm(Protocol):
     """alpha * penalty, where the penalty depends on the trained weights and not on the tokens.
 
-    May also have `held_bytes(model)`, what it keeps beside the weights, for the memory plan; and `prepare` and `use`,
-    where it needs data first (preparation.py).
+    May also have `start(model)`, called once with the weights that the training starts from, also where it then goes on
+    from a checkpoint (raises UserError where the model has nothing that the penalty could be taken of);
+    `held_bytes(model)`, what it keeps beside the weights, for the memory plan; and `prepare` and `use`, where it needs
+    data first (preparation.py).
     """
 
     @property
     def alpha(self) -> float:
         """Its weight in the loss."""
-        ...
-
-    def start(self, model: nn.Module) -> None:
-        """Called once, with the weights that the training starts from, also where it then goes on from a checkpoint.
-
-        Raises UserError where the model has nothing that the penalty could be taken of.
-        """
         ...
 
     def penalty(self, model: nn.Module) -> Tensor:

@@ -8,8 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from selfaug.data.datamodule import RagDataModule
@@ -29,41 +27,16 @@ from selfaug.model.load import add_adapter, load_base, load_tokenizer, recompute
 from selfaug.model.reference import AdaptersOff, Reference, check_runs
 from selfaug.model.shard import shard
 from selfaug.module import OptimizerConfig, SelfAugModule
-from selfaug.objective import TASK, HiddenAlignment, Objective
+from selfaug.objective import TASK, Objective
 from selfaug.objective.alphas import Alphas
 from selfaug.objective.preparation import Prepares
 from selfaug.paths import cache_dir
+from selfaug.run import method
 from selfaug.run.identity import caches_reference
 from selfaug.run.machine import room
+from selfaug.run.make import call, make, plain
 from selfaug.self_dialogues.settings import Settings
 from selfaug.self_dialogues.store import DialogueStore, Wanted
-
-
-def plain(node: Any) -> dict[str, Any]:
-    """A node of the configuration as a dictionary, interpolations resolved."""
-    content: Any = OmegaConf.to_container(node, resolve=True)
-    return content
-
-
-def make(node: Any, where: str) -> Any:
-    """hydra.utils.instantiate with errors that name the setting."""
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, (UserError, OSError)):
-            raise cause from None
-        reason = str(cause or error).split("\n")[0]
-        raise UserError(f"{where} does not fit together: {reason.rstrip('.')}; see selfaug/conf/{where}.") from error
-
-
-def call(function: Any, where: str, **arguments: Any) -> Any:
-    """function(**arguments), where a key that it does not know is the user's typo."""
-    try:
-        return function(**arguments)
-    except TypeError as error:
-        reason = str(error).rpartition(")")[2].strip() or str(error)
-        raise UserError(f"{where}: {reason}; see selfaug/conf/{where}.") from error
 
 
 @dataclass(frozen=True)
@@ -215,11 +188,7 @@ def tuned_model(config: DictConfig) -> torch.nn.Module:
 
 def objective(config: DictConfig) -> Objective:
     """NLL, how its tokens are weighted, and the terms of the method."""
-    terms: dict[str, Any] = {}
-    for name, node in config.method.terms.items():
-        if node.get("position") != "none":  # alignment=none: plain fine-tuning as a row of an ablation
-            term = make(node, "method")
-            terms["hidden" if name == "kl" and isinstance(term, HiddenAlignment) else str(name)] = term
+    terms = method.terms(config)
     _check_schedules(config, terms)
     if any(getattr(term, "official", False) for term in terms.values()):
         for without, name, off in (
@@ -230,21 +199,19 @@ def objective(config: DictConfig) -> Objective:
                 raise UserError(
                     f"alignment.official=true counts padding, which {name} does not keep: set {off} with it."
                 )
-    weights = make(config.method.weights, "method") if config.method.get("weights") else None
-    return Objective(terms, reference(config), weights, (TASK, *(config.data.get("mixture") or {})))
+    return Objective(terms, reference(config), method.weights(config), (TASK, *(config.data.get("mixture") or {})))
 
 
 def preparations(config: DictConfig, goal: Objective) -> dict[str, Prepares]:
     """What of the method is prepared before the first step, by name: method.learn, and weights and terms that ask."""
-    parts: dict[str, Any] = {**goal.terms, **goal.parameter_terms, "weights": goal.weights}
-    if config.method.get("learn"):
-        parts["learn"] = make(config.method.learn, "method")
+    parts: dict[str, Any] = {**goal.terms, **goal.parameter_terms}
+    parts |= {"weights": goal.weights, "learn": method.learn(config)}
     return {name: part for name, part in parts.items() if hasattr(part, "prepare")}
 
 
 def with_method_texts(config: DictConfig, fingerprint: str) -> str:
     """The data's fingerprint, together with the content of the files that terms read (EWC's text), where they do."""
-    texts = {str(name): (term or {}).get("text") for name, term in config.method.terms.items()}
+    texts = {name: term.get("text") for name, term in method.term_nodes(config).items()}
     files = {name: Path(str(text.path)).expanduser() for name, text in texts.items() if text and text.get("path")}
     found = {name: file for name, file in files.items() if file.is_file()}  # one that is not there is named later
     return hash_sources("method", 1, {"data": fingerprint}, found) if found else fingerprint

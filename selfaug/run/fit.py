@@ -32,6 +32,7 @@ from selfaug.module import SelfAugModule
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory
 from selfaug.run.machine import reset_peak
+from selfaug.run.make import call, plain
 from selfaug.run.memory import MemoryPlan
 from selfaug.run.score import chat_settings, drift_settings
 
@@ -112,7 +113,7 @@ def watching(config: DictConfig, data: RagDataModule, saving: SaveCheckpoints) -
         return [Advice(lambda: None)]
     drift, words = drift_settings(config), chat_settings(config)
     probe = RetentionProbe(
-        build.call(ProbeConfig, "callbacks/retention_probe", **build.plain(wanted)), drift, data.tokenizer, words,
+        call(ProbeConfig, "callbacks/retention_probe", **plain(wanted)), drift, data.tokenizer, words,
         stopping=lambda: saving.stop_requested,
     )  # fmt: skip
     return [probe, Advice(lambda: max((v for k, v in probe.latest.items() if "drift" in k), default=None))]

@@ -44,7 +44,7 @@ def config_hash(config: DictConfig) -> str:
         relevant["ckpt_path"] = config.ckpt_path
     method: Any = relevant.get("method") or {}
     if method.get("terms"):  # a term that is left out has settings all the same
-        kept = {name: term for name, term in method["terms"].items() if term.get("position") != "none"}
+        kept = {name: term for name, term in _terms(method).items() if term.get("position") != "none"}
         # alpha=0 and alpha=0.0 are one run.
         kept = {name: {**term, "alpha": float(term["alpha"])} if _whole(term.get("alpha")) else term
                 for name, term in kept.items()}  # fmt: skip
@@ -70,8 +70,13 @@ def _whole(value: Any) -> bool:
 
 
 def _follows_drift(method: dict[str, Any]) -> bool:
-    terms = [term for term in (method.get("terms") or {}).values() if term]
-    return any((term.get("schedule") or {}).get("signal") == "drift" for term in terms)
+    return any((term.get("schedule") or {}).get("signal") == "drift" for term in _terms(method).values())
+
+
+def _terms(method: dict[str, Any]) -> dict[str, Any]:
+    """Whatever else stands among them is refused when the run starts."""
+    found = method.get("terms")
+    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
 def caches_reference(config: DictConfig) -> bool:

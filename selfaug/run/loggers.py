@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from selfaug.callbacks.metrics_file import MetricsFile
 from selfaug.errors import UserError
 from selfaug.reporting.results import Results, mask_secrets
-from selfaug.run.build import plain
 from selfaug.run.identity import config_hash
+from selfaug.run.make import plain
 from selfaug.run.sweep import SWEEP_VARIABLE
 
 _WANDB_SERVER, _WANDB_SERVER_BEFORE = "api.forge.coreweave.com", "api.wandb.ai"  # since wandb 0.31, and until then

@@ -31,6 +31,7 @@ from selfaug.reporting.results import Metric, Results, code_version, environment
 from selfaug.run import build
 from selfaug.run.identity import RunDirectory, config_hash
 from selfaug.run.machine import free_unused
+from selfaug.run.make import call, plain
 from selfaug.run.models import Models, device, saved_models
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def as_results(config: DictConfig, measured: Measured, data: RagDataModule | Non
     where = device(config)
     return Results(
         name=config.run_name,
-        config=build.plain(config),
+        config=plain(config),
         config_hash=config_hash(config),
         seed=config.seed,
         code=code_version(),
@@ -207,25 +208,25 @@ def _answer(config: DictConfig, models: Models, data: RagDataModule, folder: Pat
 def chat_settings(config: DictConfig) -> dict[str, Any]:
     """Dialogues are asked in the chat template of the training."""
     prompt = config.data.prompt if config.get("data") else {}
-    settings = build.plain(prompt) if prompt else {}
+    settings = plain(prompt) if prompt else {}
     return {key: settings[key] for key in ("chat_template", "template_arguments") if key in settings}
 
 
 def drift_settings(config: DictConfig) -> DriftConfig:
     """evaluation.drift, or its defaults where it is null."""
-    wanted = build.plain(config.evaluation.drift) if config.evaluation.get("drift") else {}
-    return build.call(DriftConfig, "evaluation/drift", **{**chat_settings(config), **wanted})
+    wanted = plain(config.evaluation.drift) if config.evaluation.get("drift") else {}
+    return call(DriftConfig, "evaluation/drift", **{**chat_settings(config), **wanted})
 
 
 def _parts(config: DictConfig) -> tuple[DriftConfig | None, RetentionConfig, StyleConfig]:
     """The settings of drift, benchmarks and style."""
     wanted = config.evaluation
-    retention = build.plain(wanted.retention) if wanted.get("retention") else {}
-    style = build.plain(wanted.style) if wanted.get("style") else {}
+    retention = plain(wanted.retention) if wanted.get("retention") else {}
+    style = plain(wanted.style) if wanted.get("style") else {}
     return (
         drift_settings(config) if wanted.get("drift") else None,
-        build.call(RetentionConfig, "evaluation", **{**chat_settings(config), **retention}),
-        build.call(StyleConfig, "evaluation", **style),
+        call(RetentionConfig, "evaluation", **{**chat_settings(config), **retention}),
+        call(StyleConfig, "evaluation", **style),
     )
 
 

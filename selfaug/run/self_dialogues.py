@@ -21,6 +21,7 @@ from selfaug.paths import cache_dir
 from selfaug.reporting.results import code_version
 from selfaug.run import build
 from selfaug.run.machine import free_unused
+from selfaug.run.make import plain
 from selfaug.run.score import device
 from selfaug.self_dialogues.converse import Conversation
 from selfaug.self_dialogues.settings import Settings
@@ -88,7 +89,7 @@ def _write(config: DictConfig, settings: Settings, wanted: Wanted, store: Dialog
         {
             **named,
             "settings": asdict(settings),
-            "model": build.plain(config.model),
+            "model": plain(config.model),
             "chat_template": chat.template,
             "seed_prompts": len(seeds),
             "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",

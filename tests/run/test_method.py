@@ -1,0 +1,110 @@
+"""A method of one's own: what is wrong with it is said of the setting that it stands in."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from selfaug.errors import UserError
+from selfaug.objective import Objective
+from selfaug.run import method
+from tests.objective.test_objective import make_batch, run
+from tests.tiny import tiny_model
+
+HERE = "tests.run.test_method"
+KL = "selfaug.objective.LogitAlignment"
+
+
+@dataclass
+class L1:
+    """A penalty and nothing else."""
+
+    alpha: float = 0.1
+
+    def penalty(self, model: Any) -> torch.Tensor:
+        return torch.stack([p.abs().sum() for p in model.parameters()]).sum()
+
+
+@dataclass
+class Nothing:
+    alpha: float = 0.1
+
+
+def config(**parts: Any) -> Any:
+    return OmegaConf.create({"method": {"name": "mine", **parts}, "alignment": {"_target_": KL, "alpha": 0.5}})
+
+
+def test_a_method_needs_no_terms():
+    assert method.terms(config()) == {}
+    assert method.terms(config(terms=None)) == {}
+    assert method.terms(config(terms={"kl": None, "off": {"_target_": KL, "position": "none"}})) == {}
+    assert method.weights(config()) is None
+    assert method.learn(config()) is None
+
+
+def test_a_number_of_its_own_is_no_mistake():
+    l1 = {"_target_": f"{HERE}.L1", "alpha": "${method.ratio}"}
+    assert method.terms(config(ratio=0.5, terms={"l1": l1})) == {"l1": L1(0.5)}
+
+
+def test_a_penalty_needs_no_start():
+    model = tiny_model()
+    objective = Objective({"l1": L1()})
+    objective.start(model)
+    total, found = objective.penalties(model)
+    assert total == 0.1 * found["l1"] > 0
+
+
+def test_what_a_class_returns_has_the_right_shape():
+    model, batch = tiny_model(), make_batch()
+    vector = Objective({"l1": L1()})
+    vector.parameter_terms["l1"].penalty = lambda model: torch.ones(3)
+    with pytest.raises(UserError, match=r"penalty of the term l1 has shape \[3\]: return a scalar"):
+        vector.penalties(model)
+    with pytest.raises(UserError, match=r"^method\.weights \(function\) gives \[\] weights for \d+ tokens: return one"):
+        run(Objective(weights=lambda nll, hidden, head: nll.mean()), model, [batch])
+
+
+def terms(**term: Any) -> dict[str, Any]:
+    return {"terms": {"a": term}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            {"wieghts": {"_target_": "x.Y"}},
+            "method.wieghts would do nothing: a method is made of terms, weights",
+        ),
+        ({"terms": [{"_target_": KL}]}, "is not allowed: give each term a name"),
+        ({"terms": {"a": 0.5}}, "method.terms.a names no class: give it a _target_"),
+        (terms(alpha=1), "method.terms.a names no class: give it a _target_"),
+        (
+            terms(_target_="nowhere.X"),
+            "method.terms.a._target_=nowhere.X cannot be imported (No module named 'nowhere')",
+        ),
+        (
+            terms(_target_=f"{HERE}.L2"),
+            "module 'tests.run.test_method' has no attribute 'L2'): correct it, or start the",
+        ),
+        (terms(_target_=f"{HERE}.L1", alhpa=1), "got an unexpected keyword argument 'alhpa'; did you mean alpha."),
+        (terms(_target_=f"{HERE}.L1", share=1), "got an unexpected keyword argument 'share'; it takes alpha."),
+        (terms(_target_=f"{HERE}.Nothing"), "method.terms.a (Nothing) is not a term: it has no schedule, no sampling"),
+        (terms(_target_=KL, alpha="half"), "method.terms.a.alpha=half"),
+        ({"terms": {"kl": "${alignment}"}}, "alignment.alpha=-1"),
+        ({"weights": {"_target_": f"{HERE}.Nothing"}}, "method.weights (Nothing) is not a choice of weights"),
+        (
+            {"learn": {"_target_": f"{HERE}.Nothing"}},
+            "method.learn (Nothing) is not a choice of tokens: it has no",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_of_its_setting(parts: dict[str, Any], said: str):
+    wrong = config(**parts)
+    wrong.alignment.alpha = -1
+    with pytest.raises(UserError) as error:
+        [read(wrong) for read in (method.terms, method.weights, method.learn)]
+    assert said in str(error.value)
+    assert "method.terms.a.method" not in str(error.value)
