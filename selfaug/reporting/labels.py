@@ -85,17 +85,21 @@ def _key(flat: dict[str, Any], method: bool) -> str:
 
 
 def row_labels(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """As setting_labels, but plain LoRA by its name, and of a method's settings only what tells its rows apart. Empty
-    strings where nothing differs."""
+    """As setting_labels, but plain LoRA by its name, and of a method's settings only what tells its rows apart; of the
+    others, where methods differ and there is one plain LoRA, what is not as there. Empty where nothing differs."""
     labels = [""] * len(configs)
     plain = [index for index, config in enumerate(configs) if is_plain(config)]
     others = [index for index, config in enumerate(configs) if not is_plain(config)]
+    baselines = {baseline_key(configs[index]) for index in plain}
+    usual = settings(configs[plain[0]]) if len(baselines) == 1 else {}
     for members in (plain, others):
         flat = [settings(configs[index]) for index in members]
         rest = [{key: value for key, value in one.items() if not _of_method(key)} for one in flat]
         if members is others:
-            method = [{key: value for key, value in one.items() if _of_method(key)} for one in flat]
-            rest = [kept | other for kept, other in zip(_telling(method), rest, strict=True)]
+            telling = _telling([{key: value for key, value in one.items() if _of_method(key)} for one in flat])
+            if any(telling):
+                rest = [{k: v for k, v in one.items() if k not in usual or usual[k] != v} for one in rest]
+            rest = [kept | other for kept, other in zip(telling, rest, strict=True)]
         for index, label in zip(members, _labels(rest), strict=True):
             labels[index] = label
     if plain and others:
@@ -254,8 +258,10 @@ def _labels(flat: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _said(key: str, name: str, value: str) -> str:
-    """A method goes by its name alone."""
-    return clean(value, 32) if key == _NAME else f"{name}={clean(value, 32)}"
+    """A method goes by its name alone, a class without its modules."""
+    if key == _NAME:
+        return clean(value, 32)
+    return f"{name}={clean(value.rpartition('.')[2] if name == '_target_' else value, 32)}"
 
 
 def shown(value: Any) -> str:

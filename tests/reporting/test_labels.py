@@ -84,6 +84,15 @@ def test_methods_go_by_their_names_and_say_their_alpha_where_it_tells_them_apart
     assert row_labels(rows[1:]) == ["selfaug", "dft", PLAIN]
 
 
+def test_what_is_as_in_plain_lora_is_not_said():
+    plain, full = config("lora", optimizer={"lr": 5e-4}), {"_target_": "selfaug.model.full.FullFineTuning"}
+    sft = config("sft", adapter=full, optimizer={"lr": 1e-5})
+    rows = [plain, config(term=KL, optimizer={"lr": 5e-4}), sft]
+    assert row_labels(rows) == [PLAIN, "selfaug", "sft, _target_=FullFineTuning, lr=1e-05"]
+    assert row_labels([plain, sft]) == [PLAIN, "sft"]
+    assert row_labels([*rows[:2], config(term=KL, optimizer={"lr": 1e-4})])[1:] == ["lr=0.0005", "lr=0.0001"]
+
+
 def test_mixtures_are_compared_with_plain_lora_and_named_by_their_ratio():
     plain, runs = config("lora", data={"mixture": {}}), [config("sa_sft", data=mixed(r)) for r in (0.5, 1.0)]
     assert {baseline_key(run) for run in runs} == {baseline_key(plain)}
