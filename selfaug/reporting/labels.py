@@ -258,10 +258,10 @@ def _labels(flat: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _said(key: str, name: str, value: str) -> str:
-    """A method goes by its name alone, a class without its modules."""
-    if key == _NAME:
-        return clean(value, 32)
-    return f"{name}={clean(value.rpartition('.')[2] if name == '_target_' else value, 32)}"
+    """A method goes by its name alone, and a class by its own."""
+    if key == _NAME or name == "_target_":
+        return clean(value.rpartition(".")[2], 32)
+    return f"{name}={clean(value, 32)}"
 
 
 def shown(value: Any) -> str:

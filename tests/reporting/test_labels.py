@@ -88,7 +88,7 @@ def test_what_is_as_in_plain_lora_is_not_said():
     plain, full = config("lora", optimizer={"lr": 5e-4}), {"_target_": "selfaug.model.full.FullFineTuning"}
     sft = config("sft", adapter=full, optimizer={"lr": 1e-5})
     rows = [plain, config(term=KL, optimizer={"lr": 5e-4}), sft]
-    assert row_labels(rows) == [PLAIN, "selfaug", "sft, _target_=FullFineTuning, lr=1e-05"]
+    assert row_labels(rows) == [PLAIN, "selfaug", "sft, FullFineTuning, lr=1e-05"]
     assert row_labels([plain, sft]) == [PLAIN, "sft"]
     assert row_labels([*rows[:2], config(term=KL, optimizer={"lr": 1e-4})])[1:] == ["lr=0.0005", "lr=0.0001"]
 
