@@ -352,22 +352,25 @@ def _name_axes(axes: Axes, x: Measure, y: Measure) -> None:
 
 
 def _place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[bool, float, float, str]]) -> None:
-    """Labels beside their points, each where no other label or point lies; the later ones only if there is room."""
+    """Labels beside their points, or in sight of them at the end of a line, each where no other label or point lies;
+    the later ones only if there is room."""
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     points = [axes.transData.transform((x, y)) for _, x, y, _ in labels]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     for (wanted, x, y, label), (left, bottom) in zip(labels, points, strict=True):
         text = clean(label, 40)
-        width, height = 5.4 * len(text), 12.0
-        for dx, dy in ((8, 4), (8, -14), (-8 - width, 4), (-8 - width, -14), (8, 16), (-8 - width, 16), (8, -26),
-                       (-width / 2, 22), (-width / 2, -34)):  # fmt: skip
+        width, height = 6.3 * len(text), 13.0
+        beside = [(8, 4), (8, -14), (-8 - width, 4), (-8 - width, -14)]
+        away = [(dx, dy) for dy in range(18, 90, 16) for dy in (dy, -dy - 10) for dx in (-width / 2, 20, -20 - width)]
+        for dx, dy in beside + away:
             box = (left + dx, bottom + dy, left + dx + width, bottom + dy + height)
             inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
+                line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
                 axes.annotate(text, (x, y), (dx * 0.72, dy * 0.72), textcoords="offset points", fontsize=8.5,
-                              color=INK if wanted else MUTED,
+                              color=INK if wanted else MUTED, arrowprops=line if (dx, dy) in away else None,
                               bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.8})  # fmt: skip
                 break
 

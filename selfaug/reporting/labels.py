@@ -97,8 +97,10 @@ def row_labels(configs: Sequence[dict[str, Any]]) -> list[str]:
         rest = [{key: value for key, value in one.items() if not _of_method(key)} for one in flat]
         if members is others:
             telling = _telling([{key: value for key, value in one.items() if _of_method(key)} for one in flat])
-            if any(telling):
-                rest = [{k: v for k, v in one.items() if k not in usual or usual[k] != v} for one in rest]
+            if usual and any(telling):
+                names = [shown(one.get(_NAME)) for one in flat]
+                same = {name: [one for one, own in zip(rest, names, strict=True) if own == name] for name in names}
+                rest = [_unusual(one, usual, same[name]) for one, name in zip(rest, names, strict=True)]
             rest = [kept | other for kept, other in zip(telling, rest, strict=True)]
         for index, label in zip(members, _labels(rest), strict=True):
             labels[index] = label
@@ -108,6 +110,16 @@ def row_labels(configs: Sequence[dict[str, Any]]) -> list[str]:
         for index in others:
             labels[index] = labels[index] or _method_name(configs[index])
     return labels
+
+
+def _unusual(one: dict[str, Any], usual: dict[str, Any], same: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's settings those that are not as in plain LoRA. What plain LoRA does not have at all goes with the
+    method, unless runs of the `same` method differ in it."""
+    return {
+        key: value
+        for key, value in one.items()
+        if (usual[key] != value if key in usual else any(other.get(key) != value for other in same))
+    }
 
 
 def _method_name(config: dict[str, Any]) -> str:

@@ -85,12 +85,17 @@ def test_methods_go_by_their_names_and_say_their_alpha_where_it_tells_them_apart
 
 
 def test_what_is_as_in_plain_lora_is_not_said():
-    plain, full = config("lora", optimizer={"lr": 5e-4}), {"_target_": "selfaug.model.full.FullFineTuning"}
+    plain = config("lora", adapter={"_target_": "peft.LoraConfig", "r": 16}, optimizer={"lr": 5e-4})
+    full = {"_target_": "selfaug.model.full.FullFineTuning", "freeze": "head"}
     sft = config("sft", adapter=full, optimizer={"lr": 1e-5})
-    rows = [plain, config(term=KL, optimizer={"lr": 5e-4}), sft]
+    rows = [plain, plain | config(term=KL, adapter=plain["adapter"], optimizer=plain["optimizer"]), sft]
     assert row_labels(rows) == [PLAIN, "selfaug", "sft, FullFineTuning, lr=1e-05"]
     assert row_labels([plain, sft]) == [PLAIN, "sft"]
-    assert row_labels([*rows[:2], config(term=KL, optimizer={"lr": 1e-4})])[1:] == ["lr=0.0005", "lr=0.0001"]
+    half = sft | {"adapter": full | {"freeze": "0-50%"}}
+    assert row_labels([*rows, half])[2:] == [
+        "sft, FullFineTuning, freeze=head, lr=1e-05", "sft, FullFineTuning, freeze=0-50%, lr=1e-05",
+    ]  # fmt: skip
+    assert row_labels([*rows[:2], rows[1] | {"optimizer": {"lr": 1e-4}}])[1:] == ["lr=0.0005", "lr=0.0001"]
 
 
 def test_mixtures_are_compared_with_plain_lora_and_named_by_their_ratio():
