@@ -144,7 +144,7 @@ def _hydra_sentence(error: BaseException) -> str:
     if missing := re.search(r"[Mm]issing mandatory value: ([\w.]+)", text):
         return f"{missing[1]} is not set and has no default: add {missing[1]}=... to the command."
     if missing := re.search(r"Interpolation key '([\w.]+)' not found", text):
-        return f"{missing[1]} is not set, and another setting is made of it: add it to the file that you chose."
+        return f"{missing[1]} is not set, and another setting is made of it: set it, or correct its name there."
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if missing := re.search(r"Could not override '([^']+)'", text):
         # An override by a dictionary names the setting, and only its cause the key in it that is wrong.

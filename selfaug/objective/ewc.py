@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from selfaug.errors import UserError
 from selfaug.model.decoder import Decoder, evaluating
 from selfaug.objective.batch import TokenBatch
 from selfaug.objective.lora_pairs import whole
@@ -52,6 +53,8 @@ class EWC:
 
     def __post_init__(self) -> None:
         check_weight("EWC", self.alpha)
+        if not isinstance(self.text, Mapping):
+            raise UserError(f"text={self.text} of EWC in method.terms is not allowed: give it settings of a corpus.")
 
     def start(self, model: nn.Module) -> None:
         self._start.keep(trained(model))

@@ -182,6 +182,7 @@ class Objective:
                 states = States(tuned[rows], base[rows], next_tokens, weights[name])
                 with torch.set_grad_enabled(torch.is_grad_enabled() and alphas[name] != 0):
                     summed = term.total(states, head)
+                _check_scalar(summed, f"total of the term {name}")
             parts[name] = summed / mean[name]
             if alphas[name] != 0:  # adding 0 * KL would already change the bits of the gradient
                 loss = loss + alphas[name] * parts[name]
@@ -201,10 +202,10 @@ class Objective:
         if self.weights is not None:
             with torch.no_grad():
                 weights = self.weights(nll.detach(), hidden.detach(), head)
-            if weights.shape != nll.shape:  # it would be broadcast to something else
+            if not isinstance(weights, Tensor) or weights.shape != nll.shape:  # it would be broadcast to something else
                 raise UserError(
-                    f"method.weights ({type(self.weights).__name__}) gives {list(weights.shape)} weights for "
-                    f"{len(nll)} tokens: return one for each, a tensor like nll."
+                    f"method.weights ({type(self.weights).__name__}) gives {_said(weights)} for {len(nll)} tokens: "
+                    "return a tensor like nll, one weight for each."
                 )
             loss = (weights * nll).sum() / mean[WEIGHTED]
             parts = {NLL: parts[NLL].detach(), WEIGHTED: loss}
@@ -223,8 +224,7 @@ class Objective:
                 torch.set_grad_enabled(torch.is_grad_enabled() and term.alpha != 0),
             ):
                 penalty = term.penalty(model)
-            if penalty.dim():
-                raise UserError(f"The penalty of the term {name} has shape {list(penalty.shape)}: return a scalar.")
+            _check_scalar(penalty, f"penalty of the term {name}")
             found[name] = penalty.detach()
             if term.alpha != 0:
                 total = term.alpha * penalty if total is None else total + term.alpha * penalty
@@ -234,6 +234,16 @@ class Objective:
         """Forget what the last call has kept for its backward pass."""
         while self._inside:
             self._inside.popitem()[1].close()
+
+
+def _check_scalar(value: Any, what: str) -> None:
+    """A sum of nothing is 0 in Python, and a vector would only fail in the backward pass."""
+    if not isinstance(value, Tensor) or value.dim():
+        raise UserError(f"The {what} is {_said(value)}: return a tensor of one number, without dimensions.")
+
+
+def _said(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
 
 
 def _sharded(model: nn.Module) -> bool:

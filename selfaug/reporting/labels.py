@@ -256,13 +256,19 @@ def _labels(flat: Sequence[dict[str, Any]]) -> list[str]:
 
     groups = [keys if len(keys) <= _NAMED_TOGETHER else sorted(keys, key=length) for keys in together.values()]
     short = _short_names([key for keys in groups for key in keys])
+    classes = {
+        key: _class_names({shown(one[key]) for one in flat if key in one}) if key.endswith("_target_") else {}
+        for key in short
+    }
     labels = []
     for one in flat:
         parts = []
         for keys in groups:
             present = [key for key in keys if key in one]
             named = present[:1] if len(present) > _NAMED_TOGETHER else present
-            parts += [_said(key, short[key], shown(one[key])) for key in named]
+            for key in named:
+                value = shown(one[key])
+                parts.append(_said(key, short[key], classes[key].get(value, value)))
             if len(named) < len(present):
                 parts[-1] += f" (+{len(present) - 1})"
         labels.append(", ".join(parts))
@@ -270,10 +276,14 @@ def _labels(flat: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _said(key: str, name: str, value: str) -> str:
-    """A method goes by its name alone, and a class by its own."""
-    if key == _NAME or name == "_target_":
-        return clean(value.rpartition(".")[2], 32)
-    return f"{name}={clean(value, 32)}"
+    """Methods and classes go by their names alone."""
+    return clean(value, 32) if key == _NAME or name == "_target_" else f"{name}={clean(value, 32)}"
+
+
+def _class_names(targets: set[str]) -> dict[str, str]:
+    """The names of classes without their modules, unless two would be called the same."""
+    names = {target: target.rpartition(".")[2] for target in targets}
+    return names if len(set(names.values())) == len(names) else {}
 
 
 def shown(value: Any) -> str:

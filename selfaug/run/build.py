@@ -212,7 +212,11 @@ def preparations(config: DictConfig, goal: Objective) -> dict[str, Prepares]:
 def with_method_texts(config: DictConfig, fingerprint: str) -> str:
     """The data's fingerprint, together with the content of the files that terms read (EWC's text), where they do."""
     texts = {name: term.get("text") for name, term in method.term_nodes(config).items()}
-    files = {name: Path(str(text.path)).expanduser() for name, text in texts.items() if text and text.get("path")}
+    files = {
+        name: Path(str(text.path)).expanduser()
+        for name, text in texts.items()
+        if OmegaConf.is_dict(text) and text.get("path")
+    }
     found = {name: file for name, file in files.items() if file.is_file()}  # one that is not there is named later
     return hash_sources("method", 1, {"data": fingerprint}, found) if found else fingerprint
 

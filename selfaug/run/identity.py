@@ -70,7 +70,8 @@ def _whole(value: Any) -> bool:
 
 
 def _follows_drift(method: dict[str, Any]) -> bool:
-    return any((term.get("schedule") or {}).get("signal") == "drift" for term in _terms(method).values())
+    schedules = [term.get("schedule") for term in _terms(method).values()]
+    return any(isinstance(one, dict) and one.get("signal") == "drift" for one in schedules)
 
 
 def _terms(method: dict[str, Any]) -> dict[str, Any]:

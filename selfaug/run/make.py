@@ -1,6 +1,7 @@
 """Objects from nodes of the configuration, with errors that name the setting."""
 
 import difflib
+import importlib
 import inspect
 import pkgutil
 from typing import Any
@@ -23,17 +24,19 @@ def make(node: Any, where: str) -> Any:
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
-        reason = _reason(error)
+        if isinstance(error.__cause__, (UserError, OSError)):
+            raise error.__cause__ from None
+        reason = _innermost(error).rstrip(".")
         raise UserError(f"{where} does not fit together: {reason}; see selfaug/conf/{where}.") from error
 
 
 def make_named(node: Any, setting: str) -> Any:
     """hydra.utils.instantiate of the class, perhaps of the user's own, that `setting` names."""
-    target = node.get("_target_") if hasattr(node, "get") else None
+    target = node.get("_target_") if OmegaConf.is_dict(node) else None
     if not isinstance(target, str):
         raise UserError(f"{setting} names no class: give it a _target_, as the files in selfaug/conf/method do.")
     try:
-        pkgutil.resolve_name(target)
+        made_of = _find(target)
     except Exception as error:  # importing a file can fail in any way
         folder = "" if target.startswith("selfaug.") else ", or start the command in the folder that has its file"
         raise UserError(
@@ -42,7 +45,11 @@ def make_named(node: Any, setting: str) -> Any:
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
-        raise UserError(f"{setting}: {_reason(error)}{_accepted(target, node)}.") from error
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        reason = _innermost(error).rstrip(".")
+        accepted = _accepted(made_of, node) if "unexpected keyword argument" in reason else ""
+        raise UserError(f"{setting}: {reason}{accepted}.") from error
 
 
 def call(function: Any, where: str, **arguments: Any) -> Any:
@@ -54,12 +61,15 @@ def call(function: Any, where: str, **arguments: Any) -> Any:
         raise UserError(f"{where}: {reason}; see selfaug/conf/{where}.") from error
 
 
-def _reason(error: InstantiationException) -> str:
-    """In one line. Raises what the class itself has refused in a sentence."""
-    cause = error.__cause__
-    if isinstance(cause, (UserError, OSError)):
-        raise cause from None
-    return _innermost(error).rstrip(".")
+def _find(target: str) -> Any:
+    """What a dotted name stands for. Raises what importing its module raises, also where that is not its own fault."""
+    path, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(path), name)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):  # the module is there, and misses another one
+            raise
+        return pkgutil.resolve_name(target)  # a class within a class
 
 
 def _innermost(error: BaseException) -> str:
@@ -69,10 +79,10 @@ def _innermost(error: BaseException) -> str:
     return str(error).split("\n")[0] or type(error).__name__
 
 
-def _accepted(target: str, node: Any) -> str:
+def _accepted(made_of: Any, node: Any) -> str:
     """'; did you mean X' or '; it takes X, Y' for keys that the class does not know, else nothing."""
     try:
-        known = list(inspect.signature(pkgutil.resolve_name(target)).parameters)
+        known = list(inspect.signature(made_of).parameters)
     except (TypeError, ValueError):
         return ""
     unknown = [str(key) for key in node if not str(key).startswith("_") and key not in known]

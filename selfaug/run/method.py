@@ -4,6 +4,7 @@ The classes may be the user's own, so that every error names the setting that it
 """
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -29,22 +30,25 @@ def term_nodes(config: DictConfig) -> dict[str, Any]:
 def terms(config: DictConfig) -> dict[str, Any]:
     """The terms of the objective by name.
 
-    Raises UserError for a class that cannot be made or is no term, and for a key of `method` that would do nothing.
+    Raises UserError for a class that cannot be made or is no term, and for a key of `method` that is one misspelt.
     """
     for key, value in config.method.items():
-        # Its own numbers and texts are for interpolations (method.ratio); more than these is a name misspelt.
-        if key not in _PARTS and OmegaConf.is_config(value):
-            raise UserError(f"method.{key} would do nothing: a method is made of {', '.join(_PARTS)}; {_PAGE}.")
+        # Others are the method's own, for interpolations (method.ratio).
+        if key not in _PARTS and OmegaConf.is_config(value) and (near := get_close_matches(str(key), _PARTS)):
+            raise UserError(f"method.{key} would do nothing: did you mean method.{near[0]}?")
     found = {}
     for name, node in term_nodes(config).items():
         setting = f"method.terms.{name}"
         try:
             term = make_named(node, setting)
         except UserError as error:
-            if OmegaConf.is_interpolation(config.method.terms, name):
+            # LogitAlignment calls its settings alignment.X, where most of them come from.
+            if OmegaConf.is_interpolation(config.method.terms, name) or not str(error).startswith("alignment."):
                 raise
             raise UserError(str(error).replace("alignment.", f"{setting}.")) from error
         _needs(term, setting, "a term", *_of_a_term(term))
+        if (schedule := getattr(term, "schedule", None)) is not None:
+            _needs(schedule, f"{setting}.schedule", "a schedule", "alpha")
         found["hidden" if name == "kl" and isinstance(term, HiddenAlignment) else name] = term
     return found
 

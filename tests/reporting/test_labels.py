@@ -84,6 +84,15 @@ def test_methods_go_by_their_names_and_say_their_alpha_where_it_tells_them_apart
     assert row_labels(rows[1:]) == ["selfaug", "dft", PLAIN]
 
 
+def test_names_are_cut_only_where_they_stay_different():
+    assert row_labels([config("keep0.5", KL), config("drop0.5", KL), config("lora")])[:2] == ["keep0.5", "drop0.5"]
+    here, there = ({"_target_": f"{module}.Keep", "r": 16} for module in ("a", "b"))
+    assert row_labels([config(term=KL, adapter=here), config(term=KL, adapter=there)]) == ["a.Keep", "b.Keep"]
+    assert row_labels([config(term=KL, adapter=here), config(term=KL, adapter={"_target_": "a.Leave", "r": 16})]) == [
+        "Keep", "Leave",
+    ]  # fmt: skip
+
+
 def test_what_is_as_in_plain_lora_is_not_said():
     plain = config("lora", adapter={"_target_": "peft.LoraConfig", "r": 16}, optimizer={"lr": 5e-4})
     full = {"_target_": "selfaug.model.full.FullFineTuning", "freeze": "head"}

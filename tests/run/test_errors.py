@@ -112,7 +112,7 @@ def test_missing_data_path(runs: Runs):
         ("experiment=foo", ("experiment=foo", "demo")),
         ("data=foo", ("data=foo", "squad", "jsonl")),
         ("method=foo", ("method=foo", "sa_sft", "--config-dir")),
-        ("~method.name", ("method.name is not set", "add it to the file")),
+        ("~method.name", ("method.name is not set", "correct its name")),
         ("data.mixture.mine.ration=1", ("There is no setting data.mixture.mine; to add it",)),
         ("seed=", ("seed",)),
         ("seed", ("seed",)),

@@ -1,6 +1,7 @@
 """A method of one's own: what is wrong with it is said of the setting that it stands in."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from selfaug.errors import UserError
-from selfaug.objective import Objective
+from selfaug.objective import LogitAlignment, Objective
 from selfaug.run import method
 from tests.objective.test_objective import make_batch, run
 from tests.tiny import tiny_model
@@ -32,6 +33,18 @@ class Nothing:
     alpha: float = 0.1
 
 
+class Rows(LogitAlignment):
+    def total(self, states: Any, head: Any) -> torch.Tensor:
+        return states.tuned.sum(-1)
+
+
+class Refuses:
+    def __init__(self, alpha: float = 0, file: str | None = None, **others: Any):
+        if file:
+            Path(file).read_text()
+        raise ValueError("alpha is too large")
+
+
 def config(**parts: Any) -> Any:
     return OmegaConf.create({"method": {"name": "mine", **parts}, "alignment": {"_target_": KL, "alpha": 0.5}})
 
@@ -45,8 +58,8 @@ def test_a_method_needs_no_terms():
 
 
 def test_a_number_of_its_own_is_no_mistake():
-    l1 = {"_target_": f"{HERE}.L1", "alpha": "${method.ratio}"}
-    assert method.terms(config(ratio=0.5, terms={"l1": l1})) == {"l1": L1(0.5)}
+    l1 = {"_target_": f"{HERE}.L1", "alpha": "${method.shared.alpha}"}
+    assert method.terms(config(ratio=0.5, shared={"alpha": 0.5}, terms={"l1": l1})) == {"l1": L1(0.5)}
 
 
 def test_a_penalty_needs_no_start():
@@ -61,10 +74,29 @@ def test_what_a_class_returns_has_the_right_shape():
     model, batch = tiny_model(), make_batch()
     vector = Objective({"l1": L1()})
     vector.parameter_terms["l1"].penalty = lambda model: torch.ones(3)
-    with pytest.raises(UserError, match=r"penalty of the term l1 has shape \[3\]: return a scalar"):
+    with pytest.raises(
+        UserError, match=r"penalty of the term l1 is a tensor of shape \[3\]: return a tensor of one number"
+    ):
         vector.penalties(model)
-    with pytest.raises(UserError, match=r"^method\.weights \(function\) gives \[\] weights for \d+ tokens: return one"):
-        run(Objective(weights=lambda nll, hidden, head: nll.mean()), model, [batch])
+    vector.parameter_terms["l1"].penalty = lambda model: 0
+    with pytest.raises(UserError, match="penalty of the term l1 is 0: return a tensor"):
+        vector.penalties(model)
+    for returned, said in ((lambda nll: nll.mean(), r"a tensor of shape \[\]"), (lambda nll: 0.5, "0.5")):
+        with pytest.raises(UserError, match=rf"^method\.weights \(function\) gives {said} for \d+ tokens: return"):
+            run(Objective(weights=lambda nll, hidden, head, returned=returned: returned(nll)), model, [batch])
+    rows = Objective({"kl": Rows()})
+    with pytest.raises(UserError, match=r"^The total of the term kl is a tensor of shape \[\d+\]"):
+        run(rows, model, [batch])
+
+
+def test_a_module_that_misses_another_says_which(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "keep.py").write_text("import surely_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match=r"_target_=mine\.keep\.X cannot be imported \(No module named 'surely_not_installed'"
+    ):
+        method.terms(config(**terms(_target_="mine.keep.X")))
 
 
 def terms(**term: Any) -> dict[str, Any]:
@@ -76,10 +108,12 @@ def terms(**term: Any) -> dict[str, Any]:
     [
         (
             {"wieghts": {"_target_": "x.Y"}},
-            "method.wieghts would do nothing: a method is made of terms, weights",
+            "method.wieghts would do nothing: did you mean method.weights?",
         ),
         ({"terms": [{"_target_": KL}]}, "is not allowed: give each term a name"),
         ({"terms": {"a": 0.5}}, "method.terms.a names no class: give it a _target_"),
+        ({"terms": {"a": [1]}}, "method.terms.a names no class: give it a _target_"),
+        ({"learn": [1]}, "method.learn names no class: give it a _target_"),
         (terms(alpha=1), "method.terms.a names no class: give it a _target_"),
         (
             terms(_target_="nowhere.X"),
@@ -92,7 +126,15 @@ def terms(**term: Any) -> dict[str, Any]:
         (terms(_target_=f"{HERE}.L1", alhpa=1), "got an unexpected keyword argument 'alhpa'; did you mean alpha."),
         (terms(_target_=f"{HERE}.L1", share=1), "got an unexpected keyword argument 'share'; it takes alpha."),
         (terms(_target_=f"{HERE}.Nothing"), "method.terms.a (Nothing) is not a term: it has no schedule, no sampling"),
+        (terms(_target_="alignment.Nope"), "method.terms.a._target_=alignment.Nope cannot be imported"),
+        (terms(_target_=f"{HERE}.Refuses", alpha=2), "method.terms.a: alpha is too large."),
+        (
+            terms(_target_=f"{HERE}.Refuses", file="gone"),
+            "method.terms.a: [Errno 2] No such file or directory: 'gone'.",
+        ),
         (terms(_target_=KL, alpha="half"), "method.terms.a.alpha=half"),
+        (terms(_target_=KL, schedule="linear"), "method.terms.a.schedule (str) is not a schedule: it has no alpha"),
+        (terms(_target_="selfaug.objective.EWC", text="mine.txt"), "text=mine.txt of EWC"),
         ({"terms": {"kl": "${alignment}"}}, "alignment.alpha=-1"),
         ({"weights": {"_target_": f"{HERE}.Nothing"}}, "method.weights (Nothing) is not a choice of weights"),
         (
