@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from selfaug import cli
+from selfaug.errors import UserError
 from selfaug.run.identity import RunDirectory
 from selfaug.run.sweep import record_job
 
@@ -74,7 +75,11 @@ def _task(config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         _sweep_job(config, directory)
         return
-    results = train(config, directory)
+    try:
+        results = train(config, directory)
+    except UserError:
+        RunDirectory(directory).discard_unstarted()
+        raise
     if results is not None:
         _show(results, directory)
 

@@ -9,8 +9,9 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,15 @@ class RunDirectory:
             )  # fmt: skip
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         write_json(started, first)
+
+    def discard_unstarted(self) -> None:
+        """Remove the directory if nothing was started in it: a refused configuration leaves none behind."""
+        made = {".hydra", "train.log", ".lock"}  # Hydra makes two, `alone` the third
+        if rank() > 0 or not {path.name for path in self.path.glob("*")} <= made:
+            return
+        # Another process may wait to start it all the same, or just be doing so.
+        with suppress(Timeout, OSError), FileLock(self.path / ".lock", timeout=0):
+            shutil.rmtree(self.path)
 
     def read_fit(self) -> dict[str, Any]:
         return json.loads((self.path / "fit.json").read_text())

@@ -129,6 +129,20 @@ def test_wrong_setting(runs: Runs, override: str, parts: tuple[str, ...]):
     refused(runs.inline(STEPS, override), *parts)
 
 
+@pytest.mark.parametrize("override", ["alignment.alpha=-1", "data.path=nowhere.jsonl"])
+def test_what_is_refused_before_its_start_leaves_no_directory(runs: Runs, override: str):
+    refused(runs.inline(STEPS, override))
+    assert [path.name for path in runs.runs.iterdir()] == []
+
+
+def test_what_was_started_stays_when_it_is_refused(runs: Runs):
+    started = runs.runs / "mine"
+    started.mkdir(parents=True)
+    (started / "run.json").write_text('{"data_fingerprint": "another", "precision": "32-true"}')
+    refused(runs.inline(STEPS, f"hydra.run.dir={started}"), "The data has changed")
+    assert {"run.json", "train.log"} <= {path.name for path in started.iterdir()}
+
+
 @pytest.mark.parametrize(("other", "off"), [("data.packing=true", "data.packing=false"),
                                             ("reference.cache=memory", "reference.cache=off")])  # fmt: skip
 def test_padding_that_counts_must_be_there(runs: Runs, other: str, off: str):
