@@ -136,7 +136,8 @@ class SelfAugModule(L.LightningModule):
             self._backward(losses.loss if penalty is None else losses.loss + penalty / self.trainer.world_size, last)
             self.objective.close()
             sums += torch.stack([losses.loss.detach(), *(part.detach() for part in losses.parts.values())])
-        own, sums = sums[0], self._over_processes(sums)
+        own = sums[0].clone()  # the sum over the processes may be taken in place
+        sums = self._over_processes(sums)
         if not torch.isfinite(sums[0]):
             raise NonFiniteLoss(self.global_step, self._suspects(step, bool(own.isfinite())))
 
@@ -305,5 +306,6 @@ class NonFiniteLoss(UserError):
         shown = ", ".join(examples[:8]) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
         super().__init__(
             f"The loss of step {step} or its gradient is not finite (examples {shown}): look at these examples, lower "
-            "optimizer.lr or alignment.alpha, or set trainer.precision=32-true; the last checkpoint is kept."
+            "optimizer.lr or the weight of a term (alignment.alpha, method.terms.NAME.alpha), or set "
+            "trainer.precision=32-true; the last checkpoint is kept."
         )

@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 def train(config: DictConfig, directory: str) -> Any:
     """One run, from whatever point it has reached to its results. Returns selfaug.reporting.results.Results."""
     # Here and not above, so that --help and --cfg answer at once.
-    from selfaug.run import build
+    from selfaug.run import build, method
     from selfaug.run.score import check
 
     cli.quieten()  # Lightning sets its log level when it is imported
+    method.check_alignment_is_used(config, HydraConfig.get().overrides.task)
     build.check(config)
     check(config)
     run = RunDirectory(directory)

@@ -233,6 +233,17 @@ def test_a_checkpoint_of_another_training_is_refused(settings, message):
         written.on_load_checkpoint({"state_dict": checkpoint["state_dict"]})
 
 
+def test_processes_tell_their_own_loss_from_the_sum_of_all(monkeypatch):
+    """Lightning adds up over processes in place: what another's NaN has made of the sum is not one's own."""
+    asked = []
+    exchanged = lambda self, value: value.fill_(float("nan")) if value.is_floating_point() else value  # noqa: E731
+    monkeypatch.setattr(SelfAugModule, "_over_processes", exchanged)
+    monkeypatch.setattr(SelfAugModule, "_suspects", lambda self, step, finite: asked.append(finite) or [])
+    with pytest.raises(NonFiniteLoss):
+        train(selfaug(), make_rows(4))
+    assert asked == [True]
+
+
 def test_many_examples_are_named_in_short():
     message = str(NonFiniteLoss(3, [f"e{i}" for i in range(20)]))
     assert "e7 and 12 more" in message

@@ -18,7 +18,7 @@ from selfaug.objective.batch import Role
 
 Message = dict[str, str]  # {"role": system | user | assistant | text, "content": ...}
 TEXT = "text"  # the role of the only message of a plain text, which has no chat template around it
-_VERSION = 1  # raise it when the same dialogue would give other tokens
+_VERSION = 2  # raise it when the same dialogue would give other tokens
 _ROLES = {"user": Role.QUESTION, "assistant": Role.RESPONSE}
 
 
@@ -141,14 +141,15 @@ class DialogueBuilder:
             answer = self.chat.encode([content])["input_ids"][0]
             ids += answer
             roles += [int(Role.RESPONSE)] * len(answer)
-            run, after_answer = [Segment(piece, Role.TEMPLATE)], True
+            # The end of an empty answer is not to be learned either.
+            run, after_answer = [Segment(piece, Role.TEMPLATE)], bool(content)
         if ended:  # the template may write more behind it, which nobody has to predict
             ids += self.chat.end_ids
             roles += [int(Role.RESPONSE)] * len(self.chat.end_ids)
         return ids, roles
 
     def _add(self, run: list[Segment], ids: list[int], roles: list[int], after_answer: bool) -> None:
-        """Append the tokens of `run`. Behind an answer its first ones, up to a special token, end that answer."""
+        """Append the tokens of `run`. Behind an answer with a word its first ones, up to a special token, end it."""
         encoded = self.chat.encode([text_of(run)], offsets=True)
         new = encoded["input_ids"][0]
         kinds, _ = of_tokens(run, encoded["offset_mapping"][0])

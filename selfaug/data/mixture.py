@@ -171,7 +171,10 @@ class Mixture:
         for name, one in self.sources.items():
             wanted = one.ratio * (len(lengths) if one.by == "examples" else int(lengths.sum()))
             found = self._read(name, one, wanted)
-            indices = choose(lengths_of(found.rows), wanted, by=one.by, seed=self._seed, name=name)
+            # A source that writes more for a larger ratio would have another order then.
+            in_order = one.by == "tokens" and hasattr(one.source, "ask")
+            lot = None if in_order else (self._seed, name)
+            indices = choose(lengths_of(found.rows), wanted, by=one.by, lot=lot)
             if len(indices) > len(found.rows):
                 log.warning(
                     "data.mixture.%s: %d examples are wanted of %d that there are: each comes %.1f times in an epoch",
@@ -193,13 +196,16 @@ class Mixture:
         return self._tokenised[name]
 
 
-def choose(lengths: np.ndarray, wanted: float, *, by: str, seed: int, name: str) -> np.ndarray:
+def choose(lengths: np.ndarray, wanted: float, *, by: str, lot: tuple[int, str] | None) -> np.ndarray:
     """Which examples of a source are used: [n] indices into `lengths`, their tokens [all].
 
     n is `wanted` rounded; by tokens it is the n with which the sum of their lengths comes nearest to it. They are
-    drawn without replacement until all are used up, then once more in the same order.
+    drawn without replacement until all are used up, then once more in the same order. lot: the seed and the source's
+    name, of which alone the order is a function; None to take them as they stand.
     """
-    order = np.random.default_rng([seed, hash64(name)]).permutation(len(lengths))
+    order = np.arange(len(lengths))
+    if lot is not None:
+        order = np.random.default_rng([lot[0], hash64(lot[1])]).permutation(len(lengths))
     if by == "examples":
         number = round(wanted)
     else:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
-from typing import Protocol
+from typing import Literal, Protocol
 
 from selfaug.data.schema import Example, Source, Split
 from selfaug.data.text import normalise_answer
@@ -19,7 +19,7 @@ from selfaug.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # raise it when the same settings would give other targets
+_VERSION = 3  # raise it when the same settings would give other targets
 BLOCK = 128  # examples that are rewritten together, and kept together
 
 
@@ -28,7 +28,8 @@ class RewriteConfig:
     """How targets are rewritten.
 
     instruction: takes the place of data.prompt.instruction. request: follows the question; {answer} is the reference.
-    max_new_tokens: where a rewritten answer is cut; one that is cut is not used. banned: a rewritten answer with one of
+    max_new_tokens: where a rewritten answer is cut; one that is cut is not used. check: contains, a rewritten answer is
+    used only if a reference stands in it; none, for answers that are free text. banned: a rewritten answer with one of
     these phrases, in any case, is not used.
 
     Raises UserError for a value outside its range.
@@ -37,6 +38,7 @@ class RewriteConfig:
     instruction: str
     request: str
     max_new_tokens: int = 64
+    check: Literal["contains", "none"] = "contains"
     banned: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class RewriteConfig:
             raise UserError(
                 f"data.rewrite.max_new_tokens={self.max_new_tokens} is not allowed: set it to a positive number."
             )
+        if self.check not in ("contains", "none"):
+            raise UserError(f"data.rewrite.check={self.check} is unknown: set it to contains or none.")
 
 
 class Rewriter(Protocol):
@@ -87,7 +91,7 @@ class RewrittenSource:
         try:
             for number, block in zip(count(), blocks, strict=False):
                 for example, text in zip(block, self.rewriter(number, block), strict=True):
-                    reason = problem(text, example, self.rewriter.config.banned)
+                    reason = problem(text, example, self.rewriter.config)
                     reasons[reason or "rewritten"] += 1
                     yield example if reason else replace(example, answers=(text, *example.answers))
         finally:
@@ -95,12 +99,14 @@ class RewrittenSource:
         _report(reasons)
 
 
-def problem(text: str, example: Example, banned: Sequence[str]) -> str | None:
+def problem(text: str, example: Example, config: RewriteConfig) -> str | None:
     """Why a rewritten answer is not used; None where it is."""
     if not text:
         return "no answer that ends"
-    if any(phrase.casefold() in text.casefold() for phrase in banned):
+    if any(phrase.casefold() in text.casefold() for phrase in config.banned):
         return "banned phrase"
+    if config.check == "none":
+        return None
     words = f" {normalise_answer(text)} "
     if not any(f" {short} " in words for answer in example.answers if (short := normalise_answer(answer))):
         return "reference answer not in it"
@@ -113,5 +119,7 @@ def _report(reasons: Counter[str]) -> None:
     log.info("%d of %d training targets were rewritten; as they were: %s", rewritten, total, kept or "none")
     if total and rewritten < total / 10:
         log.warning(
-            "less than a tenth of the training targets could be rewritten: see data.rewrite, or use another method"
+            "less than a tenth of the training targets could be rewritten, so that this is next to plain fine-tuning: "
+            "set data.rewrite.check=none where answers are free text, a larger data.rewrite.max_new_tokens, or another "
+            "method"
         )

@@ -31,13 +31,18 @@ def lora_pairs(model: nn.Module, what: str) -> list[LoraPair]:
     """All trained pairs of matrices; an empty list where `model` has no LoRA.
 
     Raises UserError, in the name of `what`, where their product is not what is added to the weight (DoRA and other
-    variants), or where a layer has several adapters at once.
+    variants; an embedding), or where a layer has several adapters at once.
     """
     pairs = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         layer: Any = module
+        if any(adapter in layer.lora_embedding_A for adapter in layer.active_adapters):
+            raise UserError(
+                f"{what} is a formula for linear layers, and {name} is an embedding with LoRA: take it out of "
+                "adapter.target_modules."
+            )
         adapters = [a for a in layer.active_adapters if a in layer.lora_A and layer.lora_A[a].weight.dim() == 2]
         if len(adapters) > 1:
             raise UserError(f"{what} takes one adapter for each layer, and {name} has {len(adapters)}: train one only.")

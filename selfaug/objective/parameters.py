@@ -69,7 +69,7 @@ class L2SP:
     trains is compared with a copy of its start.
 
     Raises:
-        UserError: alpha outside its range; at the start, DoRA or several adapters on one layer.
+        UserError: alpha outside its range; at the start, DoRA, LoRA on an embedding, or several adapters on one layer.
     """
 
     alpha: float = 0.1

@@ -1,5 +1,6 @@
 """From the configuration to objects. The only place, beside the entry points, that knows both."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,8 @@ from selfaug.run.machine import room
 from selfaug.run.make import call, make, plain
 from selfaug.self_dialogues.settings import Settings
 from selfaug.self_dialogues.store import DialogueStore, Wanted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ _NOT_FOR_THE_TRAINER = {
 }
 
 
+_HIGH_FOR_ALL_WEIGHTS = 1e-4
 _MAY_BE_NULL = ("adapter.r", "data.limit_train", "data.micro_batch_size", "data.micro_batch_tokens")
 
 
@@ -114,8 +118,18 @@ def check(config: DictConfig) -> None:
         call(RewriteConfig, "data", **plain(config.data.rewrite))
     preparations(config, objective(config))
     call(OptimizerConfig, "optimizer", **plain(config.optimizer))
+    _check_learning_rate(config)
     precision(config)
     devices(config)
+
+
+def _check_learning_rate(config: DictConfig) -> None:
+    full = str(config.adapter.get("_target_")).endswith(f".{FullFineTuning.__name__}")
+    if full and config.optimizer.lr > _HIGH_FOR_ALL_WEIGHTS:
+        log.warning(
+            "optimizer.lr=%g is of the size that adapters are trained with: where the weights themselves train, 1e-5 "
+            "is usual (method=sft sets it)", config.optimizer.lr,
+        )  # fmt: skip
 
 
 def data(config: DictConfig) -> RagDataModule:
@@ -199,7 +213,18 @@ def objective(config: DictConfig) -> Objective:
                 raise UserError(
                     f"alignment.official=true counts padding, which {name} does not keep: set {off} with it."
                 )
+    _check_sources_are_used(config, terms)
     return Objective(terms, reference(config), method.weights(config), (TASK, *(config.data.get("mixture") or {})))
+
+
+def _check_sources_are_used(config: DictConfig, terms: dict[str, Any]) -> None:
+    wanted = {getattr(term, "source", None) for term in terms.values() if not hasattr(term, "penalty")}
+    for name, node in (config.data.get("mixture") or {}).items():
+        if node.get("nll") is False and node.get("ratio") != 0 and not wanted & {None, name}:
+            raise UserError(
+                f"data.mixture.{name}.nll=false, and no term of the method is for it, so that nothing would come of "
+                f"{name}: add a term with source: {name} (method=self_kl has one), or set nll=true."
+            )
 
 
 def preparations(config: DictConfig, goal: Objective) -> dict[str, Prepares]:
@@ -210,13 +235,15 @@ def preparations(config: DictConfig, goal: Objective) -> dict[str, Prepares]:
 
 
 def with_method_texts(config: DictConfig, fingerprint: str) -> str:
-    """The data's fingerprint, together with the content of the files that terms read (EWC's text), where they do."""
-    texts = {name: term.get("text") for name, term in method.term_nodes(config).items()}
-    files = {
-        name: Path(str(text.path)).expanduser()
-        for name, text in texts.items()
-        if OmegaConf.is_dict(text) and text.get("path")
-    }
+    """The data's fingerprint, together with the content of the files that terms read (EWC's text, O-LoRA's earlier
+    adapter), where they do."""
+    files = {}
+    for name, term in method.term_nodes(config).items():
+        text = term.get("text")
+        if OmegaConf.is_dict(text) and text.get("path"):
+            files[name] = Path(str(text.path)).expanduser()
+        elif adapter := term.get("adapter"):
+            files[name] = Path(str(adapter)).expanduser() / "adapter_model.safetensors"
     found = {name: file for name, file in files.items() if file.is_file()}  # one that is not there is named later
     return hash_sources("method", 1, {"data": fingerprint}, found) if found else fingerprint
 

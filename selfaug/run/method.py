@@ -3,7 +3,9 @@
 The classes may be the user's own, so that every error names the setting that it is about.
 """
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from selfaug.errors import UserError
 from selfaug.objective import HiddenAlignment
 from selfaug.run.make import make_named
+
+log = logging.getLogger(__name__)
 
 _PARTS = ("terms", "weights", "learn")
 _PAGE = "see 'Your own method' in docs/methods.md"
@@ -49,8 +53,31 @@ def terms(config: DictConfig) -> dict[str, Any]:
         _needs(term, setting, "a term", *_of_a_term(term))
         if (schedule := getattr(term, "schedule", None)) is not None:
             _needs(schedule, f"{setting}.schedule", "a schedule", "alpha")
-        found["hidden" if name == "kl" and isinstance(term, HiddenAlignment) else name] = term
+        called = "hidden" if name == "kl" and isinstance(term, HiddenAlignment) else name
+        if called in found:
+            raise UserError(
+                f"method.terms.{called} and the alignment of hidden states have one name: rename the first."
+            )
+        found[called] = term
     return found
+
+
+def check_alignment_is_used(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Settings of `alignment` do nothing where no term is made of it.
+
+    overrides: those of the command line. Raises UserError where the method has an alignment of its own, which they may
+    have been meant for; else it is said in the log, as sweeps over methods set them for those that have one.
+    """
+    given = [one for one in overrides if re.match(r"[+~]*alignment(?:/\w+)*[.=@]", one)]
+    if not given or "${alignment" in str(OmegaConf.to_container(config.method, resolve=False)):
+        return
+    name = config.method.get("name")
+    if own := [term for term, node in term_nodes(config).items() if OmegaConf.is_dict(node) and "position" in node]:
+        raise UserError(
+            f"{given[0]} would do nothing with method={name}, whose alignment is its own: set "
+            f"method.terms.{own[0]}.alpha (or another setting of it) instead."
+        )
+    log.warning("%s does nothing with method=%s, which has no alignment", given[0], name)
 
 
 def weights(config: DictConfig) -> Any:

@@ -42,8 +42,9 @@ class ModelRewriter:
     @cached_property
     def _fingerprint(self) -> str:
         builder = PromptBuilder(self._tokenizer, self._prompt)
-        parts = [model_identity(self._run), builder.fingerprint(), asdict(self.config)]
-        return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()
+        own = self.config  # what is used of the answers is for RewrittenSource to say
+        parts = [model_identity(self._run), builder.fingerprint(), own.instruction, own.request, own.max_new_tokens]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __call__(self, number: int, examples: Sequence[Example]) -> list[str]:
         # By its content too: the same settings serve several data sets.

@@ -17,6 +17,7 @@ from selfaug.evaluation.sampling import Sampled
 from selfaug.self_dialogues.settings import Settings
 
 _MARK = "selfaugusermark"
+_HALF = "\ufffd"  # what a character is decoded to that was cut between its bytes
 
 # (prompts as tokens, uniforms [prompts, most], temperature, top_p) -> what follows each prompt
 Sampler = Callable[[list[list[int]], np.ndarray, float, float], list[Sampled]]
@@ -24,13 +25,14 @@ Sampler = Callable[[list[list[int]], np.ndarray, float, float], list[Sampled]]
 
 @dataclass
 class Draft:
-    """A dialogue that is being written. tokens: of its texts; sampled: of these, what the model wrote. problem: why it
-    is none."""
+    """A dialogue that is being written. tokens: of its texts; asked: of these, the last user text's; sampled: what the
+    model wrote of it, and of what was left out. problem: why it is none."""
 
     number: int
     messages: list[Message] = field(default_factory=list)
     ended: bool = True
     tokens: int = 0
+    asked: int = 0
     sampled: int = 0
     problem: str | None = None
     closed: bool = False
@@ -74,6 +76,7 @@ class Conversation:
         for draft, text in zip(drafts, found, strict=True):
             if text.ended and text.text:
                 draft.messages.append({"role": "user", "content": text.text})
+                draft.asked = text.tokens
                 draft.tokens += text.tokens
                 continue
             draft.closed = True
@@ -81,12 +84,20 @@ class Conversation:
                 draft.problem = "endless question" if not text.ended else "empty question"
 
     def _answer(self, drafts: list[Draft], turn: int) -> None:
+        """The assistant's text. As with the user's, a turn without one is left out, and the first one's dialogue."""
         own = self.settings
         prompts = [self.chat.render(draft.messages, add_generation_prompt=True) for draft in drafts]
         found = self._sample(
             drafts, prompts, 2 * turn + 1, own.max_answer_tokens, own.answer_temperature, own.answer_top_p
         )
         for draft, text in zip(drafts, found, strict=True):
+            if not text.text:
+                draft.closed = True
+                draft.messages.pop()
+                draft.tokens -= draft.asked
+                if turn == 0:
+                    draft.problem = "empty answer"
+                continue
             draft.messages.append({"role": "assistant", "content": text.text})
             draft.tokens += text.tokens
             draft.ended = text.ended
@@ -109,5 +120,7 @@ class Conversation:
         for draft, one in zip(drafts, found, strict=True):
             draft.sampled += len(one.tokens) + one.ended
             text = self.chat.tokenizer.decode(one.tokens, skip_special_tokens=True).strip()
+            if not one.ended:
+                text = text.rstrip(_HALF)
             texts.append(_Text(self.chat.defuse(text), len(one.tokens), one.ended))
         return texts

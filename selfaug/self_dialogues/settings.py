@@ -11,7 +11,7 @@ from selfaug.data.text import check_file, hash_sources, read_lines
 from selfaug.errors import UserError
 
 Recipe = Literal["seedless", "bait", "prompts"]
-VERSION = 1  # raise it when the same settings would give other dialogues
+VERSION = 2  # raise it when the same settings would give other dialogues
 _GROUP = "self_dialogues"
 
 

@@ -102,6 +102,8 @@ def test_what_nobody_answers_is_left_out():
     assert builder.stats.dropped_silent == 1
     _, (tokens,) = built([*HELLO, ("user", "And?"), ("assistant", "")])
     assert tokens.input_ids == built(HELLO)[1][0].input_ids
+    _, (tokens,) = built([("user", "And?"), ("assistant", ""), *HELLO])
+    assert [text for role, text in parts(tiny_tokenizer(), tokens) if role == R] == ["The cat.<|im_end|>"]
 
 
 def test_plain_text_is_learned_from_its_second_token_on():

@@ -70,29 +70,49 @@ def of(ids, source):
 
 @pytest.mark.parametrize(("wanted", "number"), [(0.4, 0), (7, 7), (7.6, 8), (10, 10), (25, 25)])
 def test_chosen_by_examples(wanted, number):
-    chosen = choose(np.arange(1, 11), wanted, by="examples", seed=1, name="a")
+    chosen = choose(np.arange(1, 11), wanted, by="examples", lot=(1, "a"))
     assert len(chosen) == number
     counts = np.bincount(chosen, minlength=10)
     assert counts.max() - counts.min() <= 1  # nothing comes again before all have come
-    longer = choose(np.arange(1, 11), wanted + 5, by="examples", seed=1, name="a")
+    longer = choose(np.arange(1, 11), wanted + 5, by="examples", lot=(1, "a"))
     assert (longer[:number] == chosen).all()  # a larger ratio adds to a smaller one
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 13, 55, 300])
 def test_chosen_by_tokens(wanted):
     lengths = np.arange(1, 11)
-    chosen = choose(lengths, wanted, by="tokens", seed=1, name="a")
-    order = choose(lengths, 100, by="examples", seed=1, name="a")
+    chosen = choose(lengths, wanted, by="tokens", lot=(1, "a"))
+    order = choose(lengths, 100, by="examples", lot=(1, "a"))
     sums = [lengths[order[:n]].sum() for n in range(100)]
     assert (chosen == order[: len(chosen)]).all()
     assert abs(lengths[chosen].sum() - wanted) == min(abs(s - wanted) for s in sums)
 
 
 def test_choice_depends_on_seed_and_name_alone():
-    first = choose(np.ones(50), 20, by="examples", seed=1, name="a").tolist()
-    assert first == choose(np.ones(50), 20, by="examples", seed=1, name="a").tolist()
-    assert first != choose(np.ones(50), 20, by="examples", seed=2, name="a").tolist()
-    assert first != choose(np.ones(50), 20, by="examples", seed=1, name="b").tolist()
+    first = choose(np.ones(50), 20, by="examples", lot=(1, "a")).tolist()
+    assert first == choose(np.ones(50), 20, by="examples", lot=(1, "a")).tolist()
+    assert first != choose(np.ones(50), 20, by="examples", lot=(2, "a")).tolist()
+    assert first != choose(np.ones(50), 20, by="examples", lot=(1, "b")).tolist()
+
+
+class Writes(Talk):
+    """Writes as many as are asked for, by words, of which a dialogue has fewer than tokens."""
+
+    def ask(self, tokens):
+        self.n = 0
+        while sum(i + 1 for i in range(self.n)) < tokens:
+            self.n += 1
+
+
+def test_a_larger_ratio_adds_to_a_smaller_one_where_the_source_writes_more_for_it(tmp_path):
+    def chosen(ratio):
+        data = module(tmp_path, {"a": MixtureSource(Writes(), ratio, by="tokens")})
+        part = data.rows("train").parts[1]
+        return {part.rows[int(i)]["id"] for i in part.indices}, len(part.rows)
+
+    (few, written), (many, _) = chosen(0.5), chosen(2.0)
+    assert 2 < len(few) < written
+    assert few < many
 
 
 # ---- the order ------------------------------------------------------------------------------------------------------

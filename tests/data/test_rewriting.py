@@ -58,12 +58,19 @@ class Says:
     ],
 )
 def test_which_answers_are_used(text: str, expected: str | None):
-    assert problem(text, example(1), CONFIG.banned) == expected
+    assert problem(text, example(1), CONFIG) == expected
 
 
 def test_any_of_the_accepted_answers_will_do():
-    assert problem("by Austen", example(0, "Jane Austen", "Austen"), ()) is None
-    assert problem("?", example(0, "!"), ()) == "reference answer not in it"  # nothing is left of it to look for
+    assert problem("by Austen", example(0, "Jane Austen", "Austen"), CONFIG) is None
+    assert problem("?", example(0, "!"), CONFIG) == "reference answer not in it"  # nothing is left of it to look for
+
+
+def test_free_text_is_not_looked_through_for_the_reference():
+    free = replace(CONFIG, check="none")
+    assert problem("Something else.", example(1), free) is None
+    assert problem("", example(1), free) == "no answer that ends"
+    assert problem("The reference answer is this.", example(1), free) == "banned phrase"
 
 
 def test_the_training_targets_alone_change(monkeypatch, caplog):
@@ -96,14 +103,20 @@ def test_fingerprint_is_of_all_that_changes_the_targets():
     found = {
         RewrittenSource(Some(settings), Says([], config)).fingerprint()
         for settings in "ab"
-        for config in (CONFIG, replace(CONFIG, max_new_tokens=3), replace(CONFIG, banned=()))
-    }
-    assert len(found) == 6
+        for config in (
+            CONFIG, replace(CONFIG, max_new_tokens=3), replace(CONFIG, banned=()), replace(CONFIG, check="none")
+        )
+    }  # fmt: skip
+    assert len(found) == 8
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"request": "Say so."}, "put {answer} into it"), ({"max_new_tokens": 0}, "max_new_tokens=0 is not allowed")],
+    [
+        ({"request": "Say so."}, "put {answer} into it"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is not allowed"),
+        ({"check": "some"}, "set it to contains or none"),
+    ],
 )
 def test_refused(change: dict, message: str):
     with pytest.raises(UserError, match=message):

@@ -208,6 +208,10 @@ def test_models_that_the_formulas_are_not_for():
     for term in (L2SP(), Orthogonal()):
         with pytest.raises(UserError, match=r"has a Dora: set adapter=lora\.$"):
             term.start(dora)
+    embedding = tiny_model(lora={"target_modules": ["embed_tokens", "q_proj"]})
+    for term in (L2SP(), Orthogonal()):
+        with pytest.raises(UserError, match=r"is an embedding with LoRA: take it out of adapter\.target_modules\.$"):
+            term.start(embedding)
     with pytest.raises(UserError, match="set adapter=lora"):
         Orthogonal().start(tiny_model())
     two = tiny_model(lora=True)

@@ -120,13 +120,15 @@ def test_missing_data_path(runs: Runs):
         ("model.name=./nowhere", ("model.name=./nowhere", "does not exist")),
         ("model.name=owner/name", ("model.name=owner/name", "hub", "network")),
         ("model.name=cache", ("model.name=cache", "config.json")),
+        ("method=output_kl alignment.alpha=0.1", ("alignment.alpha=0.1", "method=output_kl", "method.terms.kl.alpha")),
+        ("method=replay data.mixture.replay.nll=false", ("data.mixture.replay.nll=false", "source: replay")),
         ("ckpt_path=nowhere.ckpt", ("ckpt_path=nowhere.ckpt", "auto")),
         ("evaluation.drift.corpora.wikipedia.path=nowhere.jsonl", ("nowhere.jsonl",)),
     ],
 )
 def test_wrong_setting(runs: Runs, override: str, parts: tuple[str, ...]):
     (runs.path / "cache").mkdir(exist_ok=True)
-    refused(runs.inline(STEPS, override), *parts)
+    refused(runs.inline(STEPS, *override.split()), *parts)
 
 
 @pytest.mark.parametrize("override", ["alignment.alpha=-1", "data.path=nowhere.jsonl"])

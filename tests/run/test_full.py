@@ -324,7 +324,9 @@ def test_an_adapter_of_another_kind_is_trained_and_scored(runs: Runs):
 
 def test_what_does_not_fit_is_one_sentence(runs: Runs):
     steps = "trainer.max_steps=2"
-    refused(runs.inline("adapter=full", steps), "no adapters that could be switched off", "reference=frozen_copy")
+    result = runs.inline("adapter=full", steps)
+    refused(result, "no adapters that could be switched off", "reference=frozen_copy")
+    assert "1e-5 is usual" in result.stdout  # the learning rate is LoRA's still
     refused(runs.inline("adapter=full", COPY, steps), "The output head trains", "adapter.freeze=head")
     refused(runs.inline(*ALIGNED, COPY, "reference.cache=disk"), "reference.frozen_copy=true and reference.cache=disk")
     refused(runs.inline(*ALIGNED, COPY, "reference.device=gpu"), "reference.device=gpu is no device")

@@ -1,5 +1,6 @@
 """A method of one's own: what is wrong with it is said of the setting that it stands in."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 
 from selfaug.errors import UserError
 from selfaug.objective import LogitAlignment, Objective
-from selfaug.run import method
+from selfaug.run import build, method
 from tests.objective.test_objective import make_batch, run
 from tests.tiny import tiny_model
 
@@ -60,6 +61,41 @@ def test_a_method_needs_no_terms():
 def test_a_number_of_its_own_is_no_mistake():
     l1 = {"_target_": f"{HERE}.L1", "alpha": "${method.shared.alpha}"}
     assert method.terms(config(ratio=0.5, shared={"alpha": 0.5}, terms={"l1": l1})) == {"l1": L1(0.5)}
+
+
+def test_settings_of_an_alignment_that_nothing_is_made_of(caplog):
+    own = config(terms={"mine": {"_target_": KL, "alpha": 0.1, "position": "output_logits"}})
+    for given in ("alignment.alpha=0.1", "alignment=none", "alignment/schedule=linear", "+alignment.tokens=all"):
+        with pytest.raises(
+            UserError, match=rf"^{re.escape(given)} would do nothing .*: set method\.terms\.mine\.alpha"
+        ):
+            method.check_alignment_is_used(own, ["seed=2", given])
+    method.check_alignment_is_used(own, ["seed=2", "+data.alignment.alpha=1", "method=alignment"])
+    method.check_alignment_is_used(config(terms={"kl": "${alignment}"}), ["alignment.alpha=0.1"])
+    method.check_alignment_is_used(config(terms={"kl": {"_target_": KL, "alpha": "${alignment.alpha}"}}),
+                                   ["alignment.alpha=0.1"])  # fmt: skip
+    assert not caplog.records
+    # In a sweep over methods it is meant for others.
+    method.check_alignment_is_used(config(terms={}), ["alignment.alpha=0.1"])
+    assert "alignment.alpha=0.1 does nothing with method=mine" in caplog.text
+
+
+def test_the_earlier_adapter_of_o_lora_belongs_to_the_data(tmp_path):
+    term = {"_target_": "selfaug.objective.OLoRA", "adapter": str(tmp_path)}
+    of = config(terms={"o_lora": term})
+    assert build.with_method_texts(of, "data") == "data"  # there is none, which is said when it is to be read
+    found = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        found.add(build.with_method_texts(of, "data"))
+    assert len(found | {"data"}) == 3
+
+
+def test_two_terms_of_one_name():
+    hidden = {"_target_": "selfaug.objective.HiddenAlignment", "position": "feed_forward"}
+    assert set(method.terms(config(terms={"kl": hidden}))) == {"hidden"}
+    with pytest.raises(UserError, match=r"method\.terms\.hidden and the alignment of hidden states have one name"):
+        method.terms(config(terms={"hidden": {"_target_": f"{HERE}.L1"}, "kl": hidden}))
 
 
 def test_a_penalty_needs_no_start():

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from selfaug.data.chat import ChatFormat
@@ -91,6 +90,32 @@ def test_what_does_not_end():
     assert (texts(drafts[3]), drafts[3].ended) == ([("u", "Who?"), ("a", "And?")], True)
 
 
+def test_an_answer_without_a_word():
+    script = Script("Who?", "Who?", "", "The cat.", "And?", "")
+    drafts = conversation(script, turns=2).write(range(2))
+    assert [draft.problem for draft in drafts] == ["empty answer", None]
+    assert (texts(drafts[1]), drafts[1].ended) == ([("u", "Who?"), ("a", "The cat.")], True)
+    sizes = [len(tiny_tokenizer()(text)["input_ids"]) for text in ("Who?", "The cat.", "And?")]
+    assert drafts[1].tokens == sum(sizes[:2])
+    assert drafts[1].sampled == sum(sizes) + 4  # and the four ends
+
+
+def test_a_character_that_is_cut_between_its_bytes_is_left_out():
+    tokenizer = tiny_tokenizer()
+    whole = tokenizer("The cat 日")["input_ids"]
+    half = whole[:-1]
+    assert tokenizer.decode(half).endswith("\ufffd")
+
+    def said(ids, ended):
+        first = iter([Sampled(tokenizer("Who?")["input_ids"], True), Sampled(ids, ended)])
+        (draft,) = conversation(lambda *_: [next(first)]).write([0])
+        return draft.messages[1]["content"]
+
+    assert said(half, False).strip() == "The cat"
+    assert said(half, True) == tokenizer.decode(half)  # the model has said so
+    assert said(whole, False) == "The cat 日"
+
+
 def test_random_numbers_are_of_a_dialogue_and_not_of_its_batch():
     def numbers(batch, seed=0):
         script = Script(*["a"] * (4 * len(batch)))
@@ -165,11 +190,3 @@ def test_fingerprint_changes_with_what_is_written(tmp_path):
     file.write_text("When?")
     others.append(Settings(recipe="prompts", prompts=str(file)).fingerprint("m"))
     assert len({base, *others}) == 8
-
-
-def test_uniforms_are_numbers_below_one():
-    script = Script("a", "b")
-    conversation(script).write([0])
-    rows = np.concatenate([rows.ravel() for rows in script.uniforms])
-    assert ((rows >= 0) & (rows < 1)).all()
-    assert abs(rows.mean() - 0.5) < 0.05
