@@ -66,6 +66,9 @@ def _abstains_rightly(prediction: str, answer: str) -> bool:
 
 
 def _exact(prediction: str, answer: str) -> float:
+    if not _normalised(answer):
+        # "A" or "?" normalise to nothing, which for SQuAD is what no answer at all is: these are to be given literally.
+        return float(_plain(prediction) == _plain(answer))
     return float(_abstains_rightly(prediction, answer) or _normalised(prediction) == _normalised(answer))
 
 
@@ -73,9 +76,10 @@ def _f1(prediction: str, answer: str) -> float:
     if _abstains_rightly(prediction, answer):
         return 1.0
     predicted, accepted = _normalised(prediction).split(), _normalised(answer).split()
-    if not predicted or not accepted:
-        # SQuAD 2.0's rule: nothing matches nothing, and only that.
-        return float(predicted == accepted)
+    if not accepted:
+        return _exact(prediction, answer)
+    if not predicted:
+        return 0.0
     shared = (Counter(predicted) & Counter(accepted)).total()
     # 2PR / (P + R) with P = shared/len(predicted), R = shared/len(accepted).
     return 2 * shared / (len(predicted) + len(accepted))

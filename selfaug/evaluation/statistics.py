@@ -23,7 +23,7 @@ from selfaug.errors import UserError
 Array = NDArray[np.float64]
 Transform = Callable[[Array], Array]
 
-# Of a handful of documents the percentile bootstrap of a mean is a fifth too narrow.
+# Of a handful of items the percentile bootstrap of a mean is a fifth too narrow.
 _FEW = 30
 # Indices drawn at once: 2**22 of 8 bytes are 32 MiB, whatever the number of items.
 _DRAWS_AT_ONCE = 2**22
@@ -43,9 +43,10 @@ class Interval:
 
 
 def bootstrap(values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean of the values and its percentile bootstrap interval."""
+    """The mean of the values and its percentile bootstrap interval; of fewer than 30 values Student's."""
     column = _column(values, "values")
-    return _interval([column], lambda sums: sums[0] / len(column), confidence, resamples, seed)
+    ones = np.ones(len(column))
+    return _interval([column, ones], lambda s: s[0] / s[1], confidence, resamples, seed, few=_FEW)
 
 
 def paired_difference(

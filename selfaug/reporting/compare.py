@@ -21,6 +21,7 @@ from selfaug.reporting.measures import Measure, main_drift, main_retention, main
 from selfaug.reporting.results import Results
 
 SIGNIFICANT = 0.05
+_HALF_WIDTH = 1.96  # standard errors, of a 95% interval
 
 
 @dataclass(eq=False)
@@ -137,24 +138,27 @@ def difference(row: Row, other: Row, measure: Measure) -> Difference | None:
         return None
     half = math.hypot((ours.high - ours.low) / 2, (theirs.high - theirs.low) / 2)
     mean = ours.mean - theirs.mean
-    return Difference(Interval(mean, mean - half, mean + half, 1), False, 1)
+    # By the normal distribution, of which the interval is. With different seeds it is of both, and there is no test.
+    p = math.erfc(abs(mean) / (half / _HALF_WIDTH) / math.sqrt(2)) if seeds and half > 0 else None
+    return Difference(Interval(mean, mean - half, mean + half, 1), False, 1, p_items=p)
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p values: below 0.05 they stay so although so many were looked at."""
-    adjusted, highest = [0.0] * len(values), 0.0
+def holm(values: Sequence[float], tests: int = 0) -> list[float]:
+    """Holm's (1979) adjusted p values: below 0.05 they stay so although so many were looked at. tests: how many, where
+    that is more than these."""
+    adjusted, highest, tests = [0.0] * len(values), 0.0, max(tests, len(values))
     for place, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        highest = max(highest, min(1.0, (len(values) - place) * values[index]))
+        highest = max(highest, min(1.0, (tests - place) * values[index]))
         adjusted[index] = highest
     return adjusted
 
 
-def adjusted_p(gaps: Sequence[Difference | None], one_seed: bool = False) -> list[float | None]:
-    """p of each difference after Holm's correction for their number; None where there is no test. one_seed: of the test
-    for other items, which is all that one seed allows."""
+def adjusted_p(gaps: Sequence[Difference | None], one_seed: bool = False, tests: int = 0) -> list[float | None]:
+    """p of each difference after Holm's correction for their number, or for that of `tests`; None where there is no
+    test. one_seed: of the test for other items, which is all that one seed allows."""
     found = [None if gap is None else gap.p_items if one_seed else gap.p for gap in gaps]
     tested = {index: p for index, p in enumerate(found) if p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    adjusted = dict(zip(tested, holm(list(tested.values()), tests), strict=True))
     return [adjusted.get(index) for index in range(len(gaps))]
 
 

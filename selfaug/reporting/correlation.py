@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from scipy import stats
 
 from selfaug.evaluation.statistics import Interval, over_seeds
@@ -30,14 +29,14 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], *, confidence: floa
 
 def within_runs(runs: Sequence[Results]) -> Interval | None:
     """The correlation of probe/drift_* (the first corpus) with probe/ifeval_* over the probes of a run: one number for
-    each run, and over the runs the mean with Student's interval, both on Fisher's scale. The probes of one run follow
-    one another, so an interval over them would be far too narrow. None where fewer than two runs have four probes."""
+    each run, and over the runs the mean with Student's interval. (On Fisher's scale a perfect order, which is common
+    with four probes, would be infinite.) The probes of one run follow one another, so an interval over them would be
+    far too narrow. None where fewer than two runs have four probes."""
     found = [one for run in runs if (one := _of_probes(run)) is not None]
     if len(found) < 2:
         return None
-    limit = 1 - 1e-6  # a perfect rank order has no finite z
-    scale = over_seeds([math.atanh(float(np.clip(r, -limit, limit))) for r in found]).interval()
-    return Interval(math.tanh(scale.mean), math.tanh(scale.low), math.tanh(scale.high), len(found))
+    mean = over_seeds(found).interval()
+    return Interval(mean.mean, max(mean.low, -1.0), min(mean.high, 1.0), len(found))
 
 
 def _of_probes(run: Results) -> float | None:

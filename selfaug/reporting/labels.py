@@ -184,6 +184,10 @@ def _telling(method: list[dict[str, Any]]) -> list[dict[str, Any]]:
         # Where two split equally well, the shorter name; what is imported says the least to a reader.
         best = max(keys, key=lambda k: (len(values(k, members)), not k.endswith("_target_"), -len(k)), default="")
         if best and len(values(best, members)) > 1:
+            parts = values(best, members)
+            for key in keys:  # what changes together with it belongs to the name; _labels counts what is too much
+                if not key.endswith("_target_") and list(values(key, members).values()) == list(parts.values()):
+                    list(keep(key, members))
             for part in keep(best, members):
                 split(part)
 
@@ -207,8 +211,13 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     # An alpha that follows drift depends on when and on what the probe measures it.
     follows = any(key.endswith("schedule.signal") and value == "drift" for key, value in flat.items())
 
+    # selfaug.evaluate's target is a run directory of one seed; what that run was is recorded beside it.
+    located = isinstance(config.get("method"), dict)
+
     def ignored(key: str) -> bool:
         path = key.split(".")
+        if located and key == "target":
+            return True
         if follows and key.startswith("callbacks.retention_probe."):
             return False
         at_top = path[0] in _IGNORED_GROUPS or (len(path) == 1 and key in _IGNORED_AT_TOP)

@@ -13,7 +13,7 @@ from selfaug.reporting.results import Results, read_results
 
 @dataclass(frozen=True, slots=True)
 class FailedJob:
-    """A job of a sweep that left no results, and why."""
+    """A job of a sweep that left no results, or results that cannot be read, and why."""
 
     name: str
     error: str
@@ -32,7 +32,8 @@ def read_places(places: Sequence[str | Path]) -> Found:
     """All results at or below the places, each once; of a sweep directory those of its jobs, in their order. Without a
     sweep the names of the runs, which end in a hash, say nothing: the order is that of what tells them apart.
 
-    Raises UserError where a place holds neither results nor failed jobs, and for results that cannot be read.
+    Raises UserError where a place holds neither results nor failed jobs, and where its only results cannot be read; of
+    several, those go to `failed`.
     """
     found = Found()
     seen: set[Path] = set()
@@ -42,9 +43,15 @@ def read_places(places: Sequence[str | Path]) -> Found:
         if sweep and len(places) == 1:
             found.sweep = place
         for file in files:
-            if file.resolve() not in seen:
-                seen.add(file.resolve())
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            try:
                 found.results.append(read_results(file))
+            except UserError as wrong:  # one of many must not cost the report on the others
+                if len(files) == 1:
+                    raise
+                found.failed.append(FailedJob(file.parent.name, str(wrong)))
     if not any(is_sweep(Path(place)) for place in places):
         labels = row_labels([run.config for run in found.results])
         order = sorted(range(len(labels)), key=lambda i: (_natural(labels[i]), found.results[i].seed))

@@ -27,6 +27,7 @@ def headline(found: Comparison) -> str:
         (drift, "drifts least", "drifts demonstrably less than"),
     )
     parts = []
+    compared = any(row.baseline is not None for row in found.rows)
     for measure, best_is, better_than in kinds:
         best = _best(found, measure)
         if measure is None or best is None:
@@ -38,7 +39,7 @@ def headline(found: Comparison) -> str:
         over = "" if gain is None else f", {measure.quantity.number(gain.interval.mean, sign=True)} against plain LoRA"
         if at in shown:
             parts.append(f"{label} {best_is if at == best else f'{better_than} plain LoRA'} ({value}{over})")
-        elif gain is None and not found.rows[at].plain:
+        elif gain is None and not (found.rows[at].plain and compared):
             parts.append(f"{label} {best_is} ({value})")
         else:
             named = "" if found.rows[at].plain else f"best: {label}, "
@@ -64,7 +65,9 @@ def findings(found: Comparison) -> list[str]:
             verb = "beats" if best in _beating(found, measure) else "is not told apart from"
             sentences.append(f"{name}, {label} {verb} plain LoRA: {said(measure, gain)}.")
         others = [row for row in found.rows if row is not found.rows[best]]
-        apart = _apart([difference(found.rows[best], row, measure) for row in others], _one_seed(found))
+        gaps = [difference(found.rows[best], row, measure) for row in others]
+        # The best was chosen by the same numbers, so that any two rows might have been these.
+        apart = _apart(gaps, _one_seed(found), tests=len(found.rows) * len(others) // 2)
         # What has been said of plain LoRA already is not said twice.
         alike = [row.label for row, told in zip(others, apart, strict=True) if not told and not (gain and row.plain)]
         if alike:
@@ -73,6 +76,11 @@ def findings(found: Comparison) -> list[str]:
             sentences.append(f"{name}, {label} is told apart from every other row.")
     if len(found.rows) > 1 and _one_seed(found):
         sentences.append("Every row is one seed, so nothing here speaks about other seeds: train with three or more.")
+    if odd := _not_in_every_mean(found):
+        sentences.append(
+            f"What is kept is a mean over different benchmarks in different runs (only some have {_listed(odd)}, where "
+            "the base model is at the floor in the others): compare the benchmarks one by one."
+        )
     precisions = {run.environment.get("precision") for run in found.results} - {None}  # older results do not say
     if len(precisions) > 1:
         sentences.append(
@@ -119,9 +127,26 @@ NOTES: Sequence[str] = (
     "Runs without the same items are tested over the seeds alone.",
     "With one seed the difference has its interval over the items, carries no star and says nothing about other seeds.",
     "kept: tuned / base, averaged over the benchmarks on which the base model is above chance. KL in nats per token, "
-    "on held-out text that no run trained on.",
+    "on held-out text that no run trained on; on own answers, on what the tuned model itself has just said, another "
+    "text in every row. Words and one-line answers are of answers cut at the evaluation's max_new_tokens.",
     "Pareto front: the rows that no other row beats at both task and retention, by their means.",
 )  # fmt: skip
+
+
+def _not_in_every_mean(found: Comparison) -> list[str]:
+    """The benchmarks that count for the mean of what is kept in some of the runs that have one and not in others."""
+    averaged = [
+        {
+            name
+            for name, metrics in run.retention.items()
+            if any(one.get("main") and not one.get("at_floor") for one in metrics.values())
+        }
+        for row in found.rows
+        for run in row.runs.values()
+        if run.retention_mean
+    ]
+    every = set(averaged[0]).intersection(*averaged) if averaged else set()
+    return sorted({name for names in averaged for name in names} - every)
 
 
 def _best(found: Comparison, measure: Measure | None) -> int | None:
@@ -140,13 +165,10 @@ def _beating(found: Comparison, measure: Measure) -> list[int]:
     return [row for _, row in sorted(better)]
 
 
-def _apart(gaps: Sequence[Difference | None], one_seed: bool) -> list[bool]:
-    """Which differences are none by chance, by the test with Holm's correction for their number. Where every row is one
-    seed, which is then said, for other items; of results without items by an interval that leaves 0 out."""
-    return [
-        p < SIGNIFICANT if p is not None else one_seed and gap is not None and gap.telling
-        for gap, p in zip(gaps, adjusted_p(gaps, one_seed), strict=True)
-    ]
+def _apart(gaps: Sequence[Difference | None], one_seed: bool, tests: int = 0) -> list[bool]:
+    """Which differences are none by chance, by the test with Holm's correction for their number, or for that of `tests`
+    of which they are some. Where every row is one seed, which is then said, for other items."""
+    return [p is not None and p < SIGNIFICANT for p in adjusted_p(gaps, one_seed, tests)]
 
 
 def _one_seed(found: Comparison) -> bool:

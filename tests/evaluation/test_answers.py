@@ -31,6 +31,12 @@ UNKNOWN = ("I don't know",)
         # ... and nowhere else; and an empty answer is no abstention.
         ("I don't know", AUSTEN, 0, 0),
         ("", UNKNOWN, 0, 0),
+        # What normalisation leaves nothing of is to be given as it is.
+        ("A", ("A",), 1, 1),
+        ("a", ("A",), 1, 1),
+        ("", ("A",), 0, 0),
+        ("the", ("?",), 0, 0),
+        ("B", ("A", "b"), 1, 1),
     ],
 )
 def test_exact_match_and_f1(prediction, answers, exact, f1):
@@ -96,7 +102,8 @@ def test_judge(prediction, answers, expected):
 
 def test_exact_match_implies_correct_for_short_answers():
     for prediction, answer in itertools.product(["Jane Austen", "The Emma", "1816", "A", "yes", "?"], repeat=2):
-        if exact_match(prediction, [answer]) and prediction == answer:
+        if exact_match(prediction, [answer]):
+            assert token_f1(prediction, [answer]) == 1
             assert judge(prediction, [answer]) == "correct"
 
 

@@ -76,6 +76,13 @@ def test_coverage(kind):
     assert 0.90 <= covered / 300 <= 0.99
 
 
+@pytest.mark.parametrize("items", [8, 24])
+def test_coverage_of_a_few(items):
+    generator = np.random.default_rng(4)
+    intervals = [bootstrap(generator.normal(1, 1, size=items)) for _ in range(400)]
+    assert 0.93 <= np.mean([one.low <= 1 <= one.high for one in intervals]) <= 0.97
+
+
 def test_same_seed_same_numbers(values):
     assert bootstrap(values, seed=5) == bootstrap(values, seed=5)
     assert bootstrap(values, seed=5) != bootstrap(values, seed=6)

@@ -269,6 +269,43 @@ def test_holm_by_its_definition():
     assert holm(ps) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
+    # Of six tests, of which four are looked at: times 6 5 4 3.
+    assert holm(ps, 6) == pytest.approx([0.05, 0.12, 0.12, 0.03])
+
+
+def test_the_best_row_is_told_apart_only_if_any_two_would_be():
+    """Which row is the best is seen in the same numbers, so that all pairs are tested, and not those with it alone."""
+    runs = sweep("input_logits", "output_logits")
+    e = 0.05 * math.sqrt(3) / 6.965  # Student's two-sided p is 0.02 then, with two degrees of freedom
+    for index, run in enumerate(runs):
+        mean = 0.5 if index >= 6 else 0.45 + e * (index % 3 - 1)
+        run.task["f1"] = run.task["f1"] | {"tuned": run.task["f1"]["tuned"] | {"mean": mean}}
+    found = Comparison(runs)
+    gap = found.differences[2][column(found, "task/f1")]
+    assert gap is not None
+    assert gap.p == pytest.approx(0.02, rel=1e-3)
+    said = [one for one in findings(found) if one.startswith("At the task")]
+    assert "beats plain LoRA" in said[0]  # one of two tests that were to be made: 0.04
+    assert said[1:] == ["At the task, position=output_logits cannot be told apart from position=input_logits."]  # 0.06
+
+
+def test_rows_that_are_all_plain_lora_are_compared_with_none():
+    runs = [made_up(plain=True, seed=seed) for seed in SEEDS for _ in range(2)]
+    for run, rate in zip(runs, [1e-4, 5e-4] * 3, strict=True):
+        run.config = run.config | {"optimizer": {"lr": rate}}
+        run.task["f1"] = run.task["f1"] | {"tuned": run.task["f1"]["tuned"] | {"mean": rate}}
+    text = headline(Comparison(runs))
+    assert "lr=" in text
+    assert "than plain LoRA" not in text
+
+
+def test_means_over_different_benchmarks_are_named():
+    runs = sweep("input_logits")
+    assert not any("different benchmarks" in one for one in findings(Comparison(runs)))
+    name, metrics = next(iter(runs[0].retention.items()))
+    runs[0].retention = runs[0].retention | {name: {key: one | {"at_floor": True} for key, one in metrics.items()}}
+    (said,) = [one for one in findings(Comparison(runs)) if "different benchmarks" in one]
+    assert f"(only some have {name}," in said
 
 
 def test_marks_are_of_each_column():
@@ -334,11 +371,16 @@ def test_correlation_within_runs_is_over_runs():
 
     scores = ([5, 4, 3, 1, 2], [5, 3, 4, 2, 1], [4, 5, 2, 3, 1])
     runs = [with_probes([0.0, 0.1, 0.2, 0.3, 0.4], [float(s) for s in one]) for one in scores]
-    z = [math.atanh(stats.spearmanr(range(5), one).statistic) for one in scores]
-    low, high = stats.t.interval(0.95, 2, np.mean(z), stats.sem(z))
+    r = [stats.spearmanr(range(5), one).statistic for one in scores]
+    _, high = stats.t.interval(0.95, 2, np.mean(r), stats.sem(r))
     found = within_runs(runs)
     assert found is not None
-    assert (found.mean, found.low, found.high, found.n) == pytest.approx((*np.tanh([np.mean(z), low, high]), 3))
+    assert (found.mean, found.low, found.high, found.n) == pytest.approx((np.mean(r), -1, high, 3))  # no less
+    # Where three of four orders are perfect the fourth still counts for a quarter.
+    orders = [[5.0, 4.0, 3.0, 2.0, 1.0]] * 3 + [[1.0, 2.0, 3.0, 4.0, 5.0]]
+    mixed = within_runs([with_probes([0.0, 0.1, 0.2, 0.3, 0.4], one) for one in orders])
+    assert mixed is not None
+    assert mixed.mean == pytest.approx(-0.5)
     assert within_runs(runs[:1]) is None
 
 

@@ -40,6 +40,25 @@ def test_plain_lora_however_it_was_asked_for(plain):
     assert row_labels([plain, config(term=KL)]) == [PLAIN, "selfaug, alpha=0.5"]
 
 
+def test_results_of_evaluate_are_seeds_of_one_row():
+    runs = [config(term=KL, target=f"runs/selfaug-s{seed}-abc", seed=seed) for seed in (1, 2)]
+    assert row_key(runs[0]) == row_key(runs[1]) == row_key(config(term=KL))
+    # Of an adapter from elsewhere nothing but its place is known.
+    assert row_key({"target": "one"}) != row_key({"target": "two"})
+
+
+def test_settings_that_change_together_are_all_named():
+    def dialogues(**sampling: float) -> dict[str, Any]:
+        source = {"_target_": "a.B", **sampling}
+        return config("sa_sft", data={"mixture": {"own": {"ratio": 1, "source": source}}})
+
+    found = row_labels([dialogues(temperature=0.7, top_p=0.9), dialogues(temperature=1, top_p=1)])
+    assert found == ["temperature=0.7, top_p=0.9", "temperature=1, top_p=1"]
+    names = ("a", "b", "c", "d")
+    found = row_labels([dialogues(**dict.fromkeys(names, 0)), dialogues(**dict.fromkeys(names, 1))])
+    assert found == ["a=0 (+3)", "a=1 (+3)"]
+
+
 @pytest.mark.parametrize(
     "other",
     [

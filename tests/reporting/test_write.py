@@ -274,6 +274,18 @@ def test_a_sweep_in_which_everything_failed(tmp_path):
     assert "No run has finished." in page.text
 
 
+def test_one_file_that_cannot_be_read_does_not_cost_the_others(tmp_path):
+    for run in ablation()[:2]:
+        write_results(tmp_path / run.name / "results.json", run)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "results.json").write_text("{")
+    found = read_places([tmp_path])
+    assert len(found.results) == 2
+    assert [(job.name, "not whole JSON" in job.error) for job in found.failed] == [("broken", True)]
+    with pytest.raises(UserError, match="not whole JSON"):
+        read_places([tmp_path / "broken"])
+
+
 def test_one_run_and_a_file(tmp_path, capsys):
     write_results(tmp_path / "run" / "results.json", made_up(curves={}))
     out = tmp_path / "new" / "out"
