@@ -53,7 +53,7 @@ def test_difference_is_paired():
 
 
 def test_seed_decides_the_interval_and_nothing_else():
-    answers, base, tuned = ANSWERS * 5, BASE * 5, TUNED * 5
+    answers, base, tuned = ANSWERS * 10, BASE * 10, TUNED * 10  # of a few there is no drawing
     again = score_answers(answers, base, tuned, seed=0)
     assert again == score_answers(answers, base, tuned, seed=0)
     other = score_answers(answers, base, tuned, seed=1)
