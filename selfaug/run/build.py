@@ -213,8 +213,10 @@ def objective(config: DictConfig) -> Objective:
                 raise UserError(
                     f"alignment.official=true counts padding, which {name} does not keep: set {off} with it."
                 )
+    sources = (TASK, *(config.data.get("mixture") or {}))
+    found = Objective(terms, reference(config), method.weights(config), sources)  # which refuses unknown sources
     _check_sources_are_used(config, terms)
-    return Objective(terms, reference(config), method.weights(config), (TASK, *(config.data.get("mixture") or {})))
+    return found
 
 
 def _check_sources_are_used(config: DictConfig, terms: dict[str, Any]) -> None:
