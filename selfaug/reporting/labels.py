@@ -6,7 +6,7 @@ alignment=none, alpha 0, which gives the same weights bit for bit); all of them 
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from selfaug.reporting.cells import clean
@@ -174,21 +174,22 @@ def _telling(method: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found[shown(method[index][key]) if key in method[index] else ""].append(index)
         return found
 
-    def keep(key: str, members: Sequence[int]) -> Iterator[list[int]]:
+    def keep(key: str, members: Sequence[int]) -> list[list[int]]:
         for index in members:
             if key in method[index]:
                 kept[index][key] = method[index][key]
-        yield from values(key, members).values()
+        return list(values(key, members).values())
 
     def split(members: Sequence[int]) -> None:
         # Where two split equally well, the shorter name; what is imported says the least to a reader.
         best = max(keys, key=lambda k: (len(values(k, members)), not k.endswith("_target_"), -len(k)), default="")
         if best and len(values(best, members)) > 1:
-            parts = values(best, members)
+            parts = list(values(best, members).values())
             for key in keys:  # what changes together with it belongs to the name; _labels counts what is too much
-                if not key.endswith("_target_") and list(values(key, members).values()) == list(parts.values()):
-                    list(keep(key, members))
-            for part in keep(best, members):
+                alike = not key.endswith("_target_") and list(values(key, members).values()) == parts
+                if alike or key == best:
+                    keep(key, members)
+            for part in parts:
                 split(part)
 
     def telling(key: str, part: Sequence[int]) -> bool:
