@@ -57,7 +57,7 @@ def results_table(results: Results) -> Table | None:
 def _caption(results: Results) -> str:
     questions = {part.n for metric in results.task.values() if (part := interval_of(metric, "tuned"))}
     asked = f"{max(questions):,} questions. " if questions else ""
-    return f"{asked}In brackets: 95% intervals (bootstrap over questions or documents). KL in nats per token."
+    return f"{asked}In brackets: 95% intervals (for other questions or documents). KL in nats per token."
 
 
 def samples_panel(results: Results, n: int = 3) -> Panel:
